@@ -1,0 +1,1366 @@
+"""onepfrac: pre-train a Vision Transformer on perturbed copies of one fractal.
+
+A single-file reference of "Scaling Backwards: Minimal Synthetic Pre-training?" (Nakamura et al.,
+ECCV 2024). One idea holds the file together:
+
+    an image is render(theta), a class is a point theta + eps near it,
+    and pre-training is telling those points apart.
+
+    python onepfrac.py pretrain --delta 0.1 --sigma 3.5         # one fractal -> a ViT
+    python onepfrac.py finetune --ckpt runs/pretrain/last.pt    # that ViT -> CIFAR-100
+    python onepfrac.py finetune                                 # the same from scratch
+    python onepfrac.py show                                     # the paper's Figs. 2b and 2c
+
+Read it from top to bottom: 1 iterated function systems, 2 the renderer, 3 the LIEP distribution
+and the LPCE loss, 5 augmentation, 6 the ViT, 7 downstream data, 8 training, 9 commands, 10 flags.
+Sections 1, 2, 3, 5 and 6 need torch alone and nothing from one another, so each can be copied.
+"""
+import argparse
+import contextlib
+import functools
+import json
+import math
+import os
+import sys
+import time
+import zlib
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+# Literal numbers of the three scales. `paper` is the paper's; `small` is for one GPU and minutes;
+# `nano` for two CPU cores and minutes. Any flag overrides its number.
+RECIPES = {
+    "nano": {
+        "model": "vit_nano", "img_size": 32, "patch_size": 4, "drop_path": 0.0,
+        "pretrain": dict(
+            L=64, canvas=64, points=20_000, texture="fill", steps=3750, batch_size=128, lr=1e-3,
+            weight_decay=0.05, warmup=100, optimizer="adamw", crop_scale=(0.2, 1.0), clip_grad=1.0,
+            randaug=False, crop=True, aspect=True, erase=False, mixup=False, cutmix=False,
+            flip=False, jitter=False, smoothing=0.0),
+        "finetune": dict(
+            epochs=20, batch_size=64, lr=1e-3, weight_decay=0.05, warmup=100,
+            optimizer="adamw", crop_scale=(0.4, 1.0), clip_grad=1.0,
+            randaug=False, crop=True, aspect=True, erase=False, mixup=False, cutmix=False,
+            flip=True, jitter=False, smoothing=0.0),
+    },
+    "small": {
+        "model": "vit_tiny", "img_size": 32, "patch_size": 4, "drop_path": 0.0,
+        "pretrain": dict(
+            L=1000, canvas=128, points=100_000, texture="random", steps=20_000, batch_size=512,
+            lr=1e-3, weight_decay=0.05, warmup=500, optimizer="adamw", crop_scale=(0.2, 1.0),
+            clip_grad=1.0, randaug=False, crop=True, aspect=True, erase=False, mixup=False,
+            cutmix=True, flip=False, jitter=False, smoothing=0.0),
+        "finetune": dict(
+            epochs=100, batch_size=256, lr=1e-3, weight_decay=0.05, warmup=500,
+            optimizer="adamw", crop_scale=(0.4, 1.0), clip_grad=1.0,
+            randaug=True, crop=True, aspect=True, erase=True, mixup=True, cutmix=True,
+            flip=True, jitter=False, smoothing=0.1),
+    },
+    "paper": {
+        "model": "vit_tiny", "img_size": 224, "patch_size": 16, "drop_path": 0.1,
+        "pretrain": dict(
+            L=1000, canvas=512, points=100_000, texture="random", steps=240_000, batch_size=256,
+            lr=5e-4, weight_decay=0.05, warmup=15, optimizer="adamw", crop_scale=(0.08, 1.0),
+            clip_grad=0.0, randaug=True, crop=True, aspect=True, erase=True, mixup=True,
+            cutmix=True, flip=True, jitter=True, smoothing=0.1),
+        "finetune": dict(
+            epochs=1000, batch_size=768, lr=0.015, weight_decay=1e-4, warmup=650,
+            optimizer="sgd", crop_scale=(0.08, 1.0), clip_grad=0.0,
+            randaug=True, crop=True, aspect=True, erase=True, mixup=True, cutmix=True,
+            flip=True, jitter=True, smoothing=0.1),
+    },
+}
+
+
+class InputError(Exception):
+    """A mistake in the input. main() prints its one line and exits with status 2."""
+
+
+# ==================================================================================================
+# 1 · IFS and sigma-factor (Eq. 1-2)
+#
+# An iterated function system Omega = {w_1 .. w_N; p_1 .. p_N} is a handful of affine maps
+#     w_j(v) = A_j v + t_j,   stored as rows [a b e; c d f], so maps are (N, 2, 3).
+# If the maps contract, there is exactly one shape that they leave unchanged: the fractal.
+# ==================================================================================================
+
+def sigma_factor(maps):
+    """sum_j (s_j1 + 2 s_j2) over the singular values of the 2x2 parts. maps (..., N, 2, 3) -> (...).
+
+    Small sigma: strong contractions and a sparse, intricate shape. Large: a diffuse cloud.
+    Anderson & Farrell, Improving Fractal Pre-training (WACV 2022).
+    """
+    s = torch.linalg.svdvals(maps[..., :2])                         # (..., N, 2), larger one first
+    return (s[..., 0] + 2 * s[..., 1]).sum(-1)
+
+
+def sample_ifs(num_maps, sigma, generator=None):
+    """Random contractions whose sigma-factor is exactly sigma -> maps (N, 2, 3) float32 on the CPU.
+
+    A_j = U diag(s1, s2) V with U, V random rotations or reflections, 1 >= s1 >= s2 >= 0, and
+    translations U(-1, 1). Raises ValueError unless num_maps >= 2 and 0 < sigma <= 3 num_maps.
+    Sampling order of the singular values: Anderson & Farrell (WACV 2022), Algorithm 1.
+    """
+    if num_maps < 2 or not 0 < sigma <= 3 * num_maps:
+        raise ValueError(f"need num_maps >= 2 and 0 < sigma <= 3 num_maps, "
+                         f"got num_maps={num_maps}, sigma={sigma}")
+
+    def uniform(low, high, *shape):
+        return low + (high - low) * torch.rand(shape, generator=generator, dtype=torch.float64)
+
+    left, s = float(sigma), torch.zeros(num_maps, 2, dtype=torch.float64)
+    for j in range(num_maps):
+        need = left - 3 * (num_maps - 1 - j)    # what the maps after this one cannot take
+        s1 = uniform(max(0.0, need / 3), min(1.0, left)).item()
+        s2 = uniform(max(0.0, (need - s1) / 2), min(s1, (left - s1) / 2)).item()
+        s[j, 0], s[j, 1] = s1, s2               # for the last map both ends of s2 coincide
+        left -= s1 + 2 * s2
+
+    angle = uniform(-math.pi, math.pi, 2, num_maps)
+    cos, sin = angle.cos(), angle.sin()
+    rotation = torch.stack([cos, -sin, sin, cos], -1).view(2, num_maps, 2, 2)
+    mirror = torch.diag_embed(uniform(-1, 1, 2, num_maps, 2).sign())
+    u, v = rotation @ mirror
+    linear = u @ torch.diag_embed(s) @ v
+    return torch.cat([linear, uniform(-1, 1, num_maps, 2, 1)], -1).float()
+
+
+# ==================================================================================================
+# 2 · Renderer: the chaos game, a canvas, 3x3 stamps
+#
+# v_{t+1} = w_{sigma_t}(v_t) from v_0 = (0, 0), with P(sigma_t = j) = p_j proportional to |det A_j|.
+# One orbit is a long chain of tiny steps. Here many short orbits run side by side for many images
+# at once: the points that a map takes are put next to one another, so that the map is one small
+# matrix product for the whole block and nothing is looked up point by point.
+# ==================================================================================================
+
+ORBIT = 100      # plotted steps of each orbit
+BURN_IN = 30     # steps before, to reach the attractor from the origin; they are not plotted
+GREY = 127       # colour of a stamp
+POINTS_IN_FLIGHT = 3_000_000    # images are rendered in groups that hold this many points
+
+
+def map_sequence(probs, points, generator=None):
+    """The random choices sigma of the chaos game, shared by all images: a list of (order, counts).
+
+    At each step the orbits are reordered by `order` (K,), the first counts[0] take map 0, and so
+    on. A random order with multinomial counts is the same as K independent draws from probs (N,).
+    """
+    orbits = -(-points // ORBIT)
+    draws = torch.multinomial(probs.double().cpu(), (BURN_IN + ORBIT) * orbits, replacement=True,
+                              generator=generator).view(-1, orbits)
+    return [(d.argsort(stable=True), torch.bincount(d, minlength=len(probs)).tolist())
+            for d in draws]
+
+
+def chaos_game(maps, sequence):
+    """Orbits of B systems at once: maps (B, N, 2, 3), a `map_sequence` -> points (T/K, B, 2, K)."""
+    A, t = maps[..., :2], maps[..., 2:]                             # (B, N, 2, 2), (B, N, 2, 1)
+    v = maps.new_zeros(len(maps), 2, len(sequence[0][0]))
+    orbits = maps.new_empty(len(sequence) - BURN_IN, *v.shape)
+    for step, (order, counts) in enumerate(sequence):
+        blocks = v.index_select(2, order.to(v.device)).split(counts, dim=2)
+        v = v if step < BURN_IN else orbits[step - BURN_IN]
+        torch.cat([torch.baddbmm(t[:, j], A[:, j], block) for j, block in enumerate(blocks)], 2,
+                  out=v)
+    return orbits
+
+
+def rasterize(orbits, size):
+    """Points (T/K, B, 2, K) -> which pixels they hit (B, size, size) uint8 0/1, y upwards.
+
+    The bounding box is stretched to fill the canvas but for a margin of 6 pixels in 512. Perturbed
+    maps may expand, and then a few points fly far out; the box follows the central 98% of the
+    points where the full one is several times as large, and what lies outside is not drawn.
+    """
+    B, cells = orbits.shape[1], size * size + 1                     # one spare cell, see below
+    low, high = orbits.amin((0, 3)), orbits.amax((0, 3))            # (B, 2), NaN if any point is
+    few = orbits[:, :, :, ::max(1, orbits.shape[3] // 20)]          # enough for two quantiles
+    few = few.permute(1, 2, 0, 3).flatten(2).nan_to_num(1e30, 1e30, -1e30)
+    core = torch.quantile(few, few.new_tensor([0.01, 0.99]), dim=2)            # (2, B, 2)
+    wild = ~(high - low <= 4 * (core[1] - core[0]))                 # true for NaN as well
+    low, high = torch.where(wild, core[0], low), torch.where(wild, core[1], high)
+
+    margin = max(1, 6 * size // 512)
+    scale = (size - 1 - 2 * margin) / (high - low).clamp(min=1e-6)
+    scale = scale * scale.new_tensor([1, -1])                       # image rows grow downwards
+    start = margin + 0.5 - torch.stack([low[:, 0], high[:, 1]], 1) * scale
+    pixel = torch.addcmul(start[..., None], orbits, scale[..., None]).floor_()
+    x, y = pixel.unbind(2)                                          # (T/K, B, K)
+    cell = torch.add(x, y, alpha=size)
+    if wild.any():                                                  # the spare cell takes the rest
+        inside = (x >= 0) & (x < size) & (y >= 0) & (y < size)
+        cell = cell.where(inside, cells - 1)
+    image = torch.arange(B, device=orbits.device)[:, None] * cells
+    hits = torch.zeros(B * cells, dtype=torch.uint8, device=orbits.device)
+    hits[cell.add_(image).long().view(-1)] = 1                      # float32 is exact below 2^24
+    return hits.view(B, cells)[:, :-1].reshape(B, size, size)
+
+
+def dilate(hits):
+    """Each hit grows to its 3x3 neighbourhood. (B, S, S) uint8 0/1 -> the same."""
+    rows = F.pad(hits, (1, 1, 1, 1))
+    rows = rows[:, :-2] | rows[:, 1:-1] | rows[:, 2:]
+    return rows[:, :, :-2] | rows[:, :, 1:-1] | rows[:, :, 2:]
+
+
+def stamp(coverage, texture, generator=None):
+    """Coverage of `ifs_coverage` (B, S, S) 0/1 -> grey images uint8, generator on its device.
+
+    The authors stamp each point with one of the 511 non-empty 3x3 masks, later stamps overwriting
+    earlier ones. A covered pixel shows the bit of the last stamp on it, set in 256 of 511 masks:
+    so the picture is the covered area times independent coin flips, and a fresh texture for an
+    image that is kept on the device costs one random mask.
+    """
+    if texture == "random":
+        coin = torch.rand(coverage.shape, generator=generator, device=coverage.device)
+        coverage = coverage * (coin < 256 / 511)
+    return coverage * GREY
+
+
+def ifs_coverage(maps, size, points, texture, probs=None, generator=None):
+    """Maps (L, N, 2, 3) -> pixels that stamps can reach (L, size, size) uint8 0/1, on maps.device.
+
+    probs (N,) are the map probabilities, by default in proportion to the mean |det A| of `maps`.
+    The generator (on the CPU) draws the map sequence, one for all images.
+    """
+    if probs is None:
+        probs = maps[..., :2].det().abs().mean(0)
+    sequence = map_sequence(probs.clamp(min=1e-9), points, generator)
+    coverage = torch.empty(len(maps), size, size, dtype=torch.uint8, device=maps.device)
+    group = max(1, min(POINTS_IN_FLIGHT // points, 2 ** 24 // (size * size + 1)))
+    for first in range(0, len(maps), group):
+        hits = rasterize(chaos_game(maps[first:first + group], sequence), size)
+        coverage[first:first + group] = hits if texture == "point" else dilate(hits)
+    return coverage
+
+
+def render_ifs(maps, size=512, points=100_000, texture="random", generator=None, probs=None):
+    """Draw IFS attractors: maps (L, N, 2, 3) -> grey images (L, size, size) uint8 on maps.device.
+
+    texture: "random" 3x3 masks (the paper), "fill" whole 3x3 stamps, "point" single pixels.
+    generator: on the CPU; draws the map sequence and seeds the texture. Systems without an
+    attractor give blank or nearly blank images, never NaN. Raises ValueError on bad arguments.
+    """
+    if maps.ndim != 4 or maps.shape[2:] != (2, 3) or size < 8 or points < 1:
+        raise ValueError(f"need maps (L, N, 2, 3), size >= 8, points >= 1; got "
+                         f"{tuple(maps.shape)}, {size}, {points}")
+    if texture not in ("random", "fill", "point"):
+        raise ValueError(f"texture must be random, fill or point, got {texture!r}")
+    coverage = ifs_coverage(maps, size, points, texture, probs, generator)
+    seed = int(torch.randint(2 ** 31, (), generator=generator))
+    return stamp(coverage, texture, torch.Generator(maps.device).manual_seed(seed))
+
+
+# ==================================================================================================
+# 3 · LIEP distribution and LPCE loss (Eq. 6-9)
+#
+# With one image there is one class and nothing to learn (Eq. 6). So the label becomes the
+# perturbation: p_Delta(x, y) is uniform over (render(theta + eps), eps) for eps in a cube of side
+# Delta (Eq. 7), approximated by L fixed draws of eps, each of them a class.
+# ==================================================================================================
+
+def perturb(maps, delta, L, generator=None, noise="additive"):
+    """L draws from the cube around one system: maps (N, 2, 3) -> (L, N, 2, 3), Eq. 9.
+
+    noise: "additive", the paper: eps ~ U(-delta/2, delta/2) added to all six numbers of each map;
+    "multiplicative", the authors' code: each number times U(1 - delta, 1 + delta).
+    The first k of L draws are the same for every L. The generator is on the CPU.
+    """
+    if noise not in ("additive", "multiplicative"):
+        raise ValueError(f"noise must be additive or multiplicative, got {noise!r}")
+    unit = torch.rand(L, *maps.shape, generator=generator).to(maps.device) - 0.5
+    return maps + delta * unit if noise == "additive" else maps * (1 + 2 * delta * unit)
+
+
+def lpce_loss(logits, target):
+    """Locally perturbed cross-entropy, Eq. 8: -E log p(eps | x). logits (B, L).
+
+    target: indices of the perturbations (B,), or soft labels (B, L) after mixup and cutmix.
+    """
+    return F.cross_entropy(logits, target)
+
+
+def base_ifs(num_maps, sigma, seed, min_fill=0.2, tries=1000):
+    """The single fractal Omega of a run -> maps (N, 2, 3), sigma within +-0.1 of the asked value.
+
+    The authors drew theirs without a seed and never published it. Here `seed` names it; draws
+    whose 3x3 stamps reach less than min_fill of a 512 canvas (sticks, dust) are passed over.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(tries):
+        target = sigma + 0.2 * (torch.rand((), generator=generator).item() - 0.5)
+        maps = sample_ifs(num_maps, min(max(target, 1e-3), 3 * num_maps), generator)
+        drawn = ifs_coverage(maps[None], 512, 100_000, "fill", None,
+                             torch.Generator().manual_seed(seed))
+        if drawn.float().mean() >= min_fill:
+            return maps
+    raise InputError(f"--sigma {sigma}: none of {tries} draws of {num_maps} maps fills "
+                     f"{min_fill:.0%} of the canvas; raise --sigma or --num-maps")
+
+
+def liep_images(base, delta, L, size, points, texture, noise, seed, device, min_fill=0.05):
+    """Render L points of the LIEP distribution -> coverage (L, size, size) 0/1, maps (L, N, 2, 3).
+
+    Candidates come in one fixed order; those filled below min_fill are passed over, as the
+    authors redraw them. All images share one map sequence and the unperturbed map probabilities.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    probs = base[:, :, :2].det().abs()
+    kept_maps, kept_images, drawn, found = [], [], 0, 0
+    while found < L:
+        if drawn >= 20 * L + 100:
+            raise InputError(f"--delta {delta}: only {found} of {drawn} perturbed systems give an "
+                             f"image that is filled {min_fill:.0%}; lower --delta or --L")
+        candidates = perturb(base, delta, L - found, generator, noise)
+        drawn += len(candidates)
+        images = ifs_coverage(candidates.to(device), size, points, texture, probs,
+                              torch.Generator().manual_seed(seed))
+        keep = images.flatten(1).float().mean(1).cpu() >= min_fill
+        kept_maps.append(candidates[keep])
+        kept_images.append(images[keep.to(device)])
+        found += int(keep.sum())
+    return torch.cat(kept_images), torch.cat(kept_maps)
+
+
+# ==================================================================================================
+# 5 · Augmentation: DeiT's, per sample, on a batch that is already on the device
+#
+# Geometry is linear algebra. A crop, with its flips, is one resampling matrix for the rows and one
+# for the columns: out = R_y @ image @ R_x^T. And RandAugment's fifteen operations are three:
+# six are tables of 256 entries, four are blends with a degenerate image, five are 2x3 matrices.
+# Mixup and cutmix are one formula with two masks. Inside, images are floats that hold 0..255.
+# ==================================================================================================
+
+def resample_matrix(start, length, size_in, size_out, flip):
+    """Antialiased cubic resampling of [start, start + length) as matrices (B, size_out, size_in).
+
+    start, length, flip: (B,). Keys' kernel with a = -0.5, widened when shrinking, cut off outside
+    the box and normalised, as Pillow and torchvision's resize(antialias=True) do it.
+    """
+    grid = torch.arange(size_out, device=start.device) + 0.5
+    scale = (length / size_out)[:, None]                            # input pixels per output pixel
+    centre = start[:, None] + grid * scale
+    centre = torch.where(flip[:, None], centre.flip(1), centre)     # (B, out)
+    pixel = torch.arange(size_in, device=start.device) + 0.5
+    d = ((pixel - centre[..., None]) / scale.clamp(min=1)[..., None]).abs()   # (B, out, in)
+    near = (1.5 * d - 2.5) * d * d + 1
+    far = ((-0.5 * d + 2.5) * d - 4) * d + 2
+    weight = torch.where(d < 1, near, far) * (d < 2)
+    weight *= (pixel > start[:, None, None]) & (pixel < (start + length)[:, None, None])
+    return weight / weight.sum(2, keepdim=True)
+
+
+def random_boxes(B, size, scale, ratio, generator, device, tries=10):
+    """torchvision's RandomResizedCrop.get_params for a batch -> top, left, height, width (B,) floats.
+
+    Area U(scale) of size x size, log-uniform aspect in `ratio`, whole pixels; of ten tries the first
+    that fits, else the whole image.
+    """
+    def uniform(low, high):
+        return low + (high - low) * torch.rand(B, tries, generator=generator, device=device)
+
+    area = uniform(*scale) * size * size
+    aspect = uniform(math.log(ratio[0]), math.log(ratio[1])).exp()
+    width, height = (area * aspect).sqrt().round(), (area / aspect).sqrt().round()
+    fits = (width <= size) & (height <= size) & (width >= 1) & (height >= 1)
+    pick = fits.int().argmax(1, keepdim=True)                       # the first that fits
+    width, height = (torch.where(fits.gather(1, pick), x.gather(1, pick), size)[:, 0]
+                     for x in (width, height))
+    where = torch.rand(2, B, generator=generator, device=device)
+    top, left = (where[0] * (size - height + 1)).floor(), (where[1] * (size - width + 1)).floor()
+    return top, left, height, width
+
+
+TABLE_OPS = ("autocontrast", "equalize", "invert", "posterize", "solarize", "solarize_add")
+BLEND_OPS = ("brightness", "color", "contrast", "sharpness")
+AFFINE_OPS = ("rotate", "shear_x", "shear_y", "translate_x", "translate_y")
+OPS = TABLE_OPS + BLEND_OPS + AFFINE_OPS
+
+
+def apply_tables(x, op, level):
+    """Look each pixel up in its sample's table. x (B, C, H, W) in 0..255, op (B,), level (B,) 0..1."""
+    B, C, H, W = x.shape
+    pixel = x.long().view(B * C, H * W)
+    histogram = x.new_zeros(B * C, 256).scatter_add_(1, pixel, x.new_ones(()).expand(pixel.shape))
+    i = torch.arange(256., device=x.device).expand(B * C, 256)
+    op, level = (t.repeat_interleave(C)[:, None] for t in (op, level))          # (B * C, 1)
+
+    seen = histogram > 0
+    low = seen.float().argmax(1, keepdim=True)                      # darkest and brightest values
+    high = 255 - seen.flip(1).float().argmax(1, keepdim=True)
+    stretch = 255 / (high - low).clamp(min=1)
+    autocontrast = torch.where(high > low, (i * stretch - low * stretch).clamp(0, 255).floor(), i)
+
+    step = ((H * W - histogram.gather(1, high)) / 255).floor()      # Pillow's integer equalisation
+    below = histogram.cumsum(1) - histogram
+    equalize = ((step / 2).floor() + below) / step.clamp(min=1)
+    equalize = torch.where(step > 0, equalize.floor().clamp(0, 255), i)
+
+    keep = 2. ** (8 - (4 - (level * 4).floor()))                    # posterize to 4 .. 0 bits
+    threshold, add = 256 - (level * 256).floor(), (level * 110).floor()
+    tables = (autocontrast, equalize, 255 - i, (i / keep).floor() * keep,
+              torch.where(i < threshold, i, 255 - i),
+              torch.where(i < 128, (i + add).clamp(max=255), i))
+    table = i
+    for k, new in enumerate(tables):
+        table = torch.where(op == k, new, table)
+    return table.gather(1, pixel).view(B, C, H, W)
+
+
+def to_grey(x):
+    """ITU-R 601 luma as Pillow rounds it: (B, C, H, W) -> (B, 1, H, W); grey images pass through."""
+    if x.shape[1] == 1:
+        return x
+    weight = x.new_tensor([19595, 38470, 7471]).view(1, 3, 1, 1)
+    return ((x * weight).sum(1, keepdim=True) / 65536 + 0.5).floor()
+
+
+def blend(x, op, factor):
+    """degenerate + factor * (x - degenerate), op (B,) indexes BLEND_OPS, factor (B,), 1 = unchanged."""
+    grey = to_grey(x)
+    smooth = x.clone()                                              # [[1,1,1],[1,5,1],[1,1,1]] / 13
+    inner = x[..., 1:-1, 1:-1]
+    smooth[..., 1:-1, 1:-1] = ((9 * F.avg_pool2d(x, 3, 1) + 4 * inner) / 13 + 0.5).floor()
+    mean = (grey.mean((2, 3), keepdim=True) + 0.5).floor()
+    op, factor = op.view(-1, 1, 1, 1), factor.view(-1, 1, 1, 1)
+    degenerate = torch.where(op == 1, grey, torch.where(op == 2, mean, 0 * mean)).expand_as(x)
+    degenerate = torch.where(op == 3, smooth, degenerate)
+    return (degenerate + factor * (x - degenerate)).clamp(0, 255).floor()
+
+
+def apply_affine(x, op, level, fill=128):
+    """Rotate 30, shear 0.3, translate 0.45, each times level (B,) -1..1; bilinear, grey fill."""
+    a, zero, one = level * math.radians(30), torch.zeros_like(level), torch.ones_like(level)
+    f, shift = 0.3 * level, 0.9 * level                             # 0.45 of a width of 2
+    rows = {"rotate": (a.cos(), -a.sin(), zero, a.sin(), a.cos(), zero),
+            "shear_x": (one, f, f, zero, one, zero),                # shears start at the corner
+            "shear_y": (one, zero, zero, f, one, f),
+            "translate_x": (one, zero, shift, zero, one, zero),
+            "translate_y": (one, zero, zero, zero, one, shift)}
+    theta = torch.stack((one, zero, zero, zero, one, zero), 1)
+    for k, name in enumerate(AFFINE_OPS):
+        theta = torch.where((op == k)[:, None], torch.stack(rows[name], 1), theta)
+    grid = F.affine_grid(theta.view(-1, 2, 3), x.shape, align_corners=False)
+    return (F.grid_sample(x - fill, grid, align_corners=False) + fill + 0.5).floor()
+
+
+def apply_op(x, op, magnitude, sign):
+    """One RandAugment operation per sample: x (B, C, H, W) floats holding 0..255; op (B,) indexes OPS
+    (len(OPS): none), magnitude (B,) in 0..10, sign (B,) +-1. Scales of timm's "increasing" set.
+    """
+    level = magnitude / 10
+    first_blend, first_affine = len(TABLE_OPS), len(TABLE_OPS) + len(BLEND_OPS)
+    x = apply_tables(x, op, level)
+    is_blend = (op >= first_blend) & (op < first_affine)
+    factor = torch.where(is_blend, (1 + 0.9 * sign * level).clamp(min=0.1), 1.0)
+    x = blend(x, op - first_blend, factor)
+    return apply_affine(x, op - first_affine, sign * level)
+
+
+class Augment:
+    """DeiT's augmentation (arXiv 2012.12877) of a whole batch, every sample drawn for itself.
+
+    images (B, C, S, S) or (B, S, S) uint8, grey or RGB, and labels (B,) on one device -> normalised
+    (B, 3, img_size, img_size) floats and soft targets (B, num_classes). With every switch off it
+    resizes and normalises: the evaluation transform. Pass `generator` (on the device) to draw from.
+    """
+
+    def __init__(self, img_size, num_classes, crop=True, aspect=True, crop_scale=(0.08, 1.0),
+                 flip=(0.5, 0.5), randaug=True, jitter=0.4, erase=0.5, mixup=0.8, cutmix=1.0,
+                 smoothing=0.1, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5), generator=None):
+        self.img_size, self.num_classes, self.generator = img_size, num_classes, generator
+        self.crop, self.crop_scale, self.flip = crop, crop_scale, flip
+        self.ratio = (3 / 4, 4 / 3) if aspect else (1, 1)
+        self.randaug, self.jitter, self.erase = randaug, 0 if randaug else jitter, erase
+        self.mixup, self.cutmix, self.smoothing = mixup, cutmix, smoothing
+        self.mean, self.std = mean, std
+
+    def rand(self, x, *shape):
+        return torch.rand(shape, generator=self.generator, device=x.device)
+
+    def __call__(self, images, labels):
+        x = (images if images.ndim == 4 else images[:, None]).float()       # (B, C, S, S)
+        x = self.resized_crop(x)
+        if self.randaug:
+            x = self.rand_augment(x)
+        if self.jitter:
+            x = self.color_jitter(x)
+        x = x.expand(-1, 3, -1, -1)                                 # grey stays one channel till here
+        x = (x - x.new_tensor(self.mean).view(3, 1, 1) * 255) / (
+            x.new_tensor(self.std).view(3, 1, 1) * 255)
+        if self.erase:
+            x = self.random_erase(x)
+        target = F.one_hot(labels, self.num_classes).to(x.dtype)
+        target = target * (1 - self.smoothing) + self.smoothing / self.num_classes
+        if self.mixup or self.cutmix:
+            x, target = self.mix(x, target)
+        return x, target
+
+    def resized_crop(self, x):
+        """RandomResizedCrop and flips: (B, C, S, S) -> (B, C, img_size, img_size), rounded."""
+        B, _, S, _ = x.shape
+        if self.crop:
+            top, left, height, width = random_boxes(B, S, self.crop_scale, self.ratio,
+                                                    self.generator, x.device)
+        else:
+            top = left = x.new_zeros(B)
+            height = width = x.new_full((B,), S)
+        flip_x, flip_y = self.rand(x, B) < self.flip[0], self.rand(x, B) < self.flip[1]
+        rows = resample_matrix(top, height, S, self.img_size, flip_y)[:, None]    # (B, 1, out, S)
+        columns = resample_matrix(left, width, S, self.img_size, flip_x)[:, None]
+        x = rows @ x @ columns.transpose(2, 3)
+        return x.clamp(0, 255).add(0.5).floor()
+
+    def rand_augment(self, x, layers=2, magnitude=9.0, std=0.5):
+        """timm's rand-m9-mstd0.5-inc1: two operations of fifteen, each applied with probability 0.5."""
+        B = len(x)
+        for _ in range(layers):
+            op = torch.randint(len(OPS), (B,), generator=self.generator, device=x.device)
+            op = torch.where(self.rand(x, B) < 0.5, op, len(OPS))
+            noise = torch.randn(B, generator=self.generator, device=x.device)
+            sign = (self.rand(x, B) < 0.5).float() * 2 - 1
+            x = apply_op(x, op, (magnitude + std * noise).clamp(0, 10), sign)
+        return x
+
+    def color_jitter(self, x):
+        """Brightness, saturation and contrast by U(1 - jitter, 1 + jitter), in an order per sample."""
+        B = len(x)
+        order = self.rand(x, B, 3).argsort(1)                       # of the first three BLEND_OPS
+        factor = 1 + self.jitter * (2 * self.rand(x, B, 3) - 1)
+        for k in range(3):
+            x = blend(x, order[:, k], factor[:, k])
+        return x
+
+    def random_erase(self, x):
+        """A box of 2% to a third of the area becomes N(0, 1) per pixel. Zhong et al., pixel mode."""
+        B, _, S, _ = x.shape
+        top, left, height, width = (t.view(B, 1, 1, 1) for t in random_boxes(
+            B, S, (0.02, 1 / 3), (0.3, 1 / 0.3), self.generator, x.device))
+        chosen = self.rand(x, B, 1, 1, 1) < self.erase
+        at = torch.arange(S, device=x.device)
+        row, column = at.view(S, 1), at.view(1, S)
+        inside = ((row >= top) & (row < top + height) & (column >= left) & (column < left + width))
+        noise = torch.randn(x.shape, generator=self.generator, device=x.device)
+        return torch.where(inside & chosen, noise, x)
+
+    def mix(self, x, target):
+        """Mixup and cutmix as one: m x + (1 - m) x.flip(0), m a constant or a box of zeros.
+
+        One lambda per batch, each chosen with probability 0.5 where both are on; the target's weight
+        is the mean of m, which is cutmix's lambda after the box was cut off at the border.
+        """
+        S = x.shape[-1]
+        use_cutmix = self.rand(x) < (0.5 if self.mixup and self.cutmix else float(bool(self.cutmix)))
+        alpha = torch.where(use_cutmix, float(self.cutmix or 1), float(self.mixup or 1))
+        u, v = self.rand(x, 2, 64) ** (1 / alpha)                   # Johnk: Beta(alpha, alpha) by
+        first = (u + v <= 1).int().argmax()                         # rejection, without a sync
+        lam = (u / (u + v).clamp(min=1e-12))[first]
+        centre, side = (self.rand(x, 2) * S).floor(), ((1 - lam).sqrt() * S).floor()
+        at = torch.arange(S, device=x.device)
+        low, high = centre - (side / 2).floor(), centre + (side / 2).floor()
+        row, column = ((at >= low[k]) & (at < high[k]) for k in (0, 1))
+        m = torch.where(use_cutmix, 1 - (row[:, None] & column[None]).float(), lam)   # (S, S)
+        return m * x + (1 - m) * x.flip(0), m.mean() * target + (1 - m.mean()) * target.flip(0)
+
+
+# ==================================================================================================
+# 6 · Vision Transformer (Dosovitskiy et al., 2021), parameter names as in timm
+# ==================================================================================================
+
+MODELS = {  # dim, depth, heads
+    "vit_nano": (96, 6, 3),
+    "vit_tiny": (192, 12, 3),
+    "vit_small": (384, 12, 6),
+    "vit_base": (768, 12, 12),
+}
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention: (B, N, D) -> (B, N, D)."""
+
+    def __init__(self, dim, heads):
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x):
+        B, N, D = x.shape
+        q, k, v = self.qkv(x).view(B, N, 3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)
+        if x.is_cuda:
+            x = F.scaled_dot_product_attention(q, k, v)             # (B, heads, N, D / heads)
+        else:   # the same, written out: on CPUs the fused kernel's backward is 10x slower in bf16
+            weight = (q * (D // self.heads) ** -0.5) @ k.transpose(2, 3)        # (B, heads, N, N)
+            x = weight.softmax(-1).to(v.dtype) @ v
+        return self.proj(x.transpose(1, 2).reshape(B, N, D))
+
+
+class Mlp(nn.Module):
+    """Two layers, four times as wide inside, exact GELU: (B, N, D) -> (B, N, D)."""
+
+    def __init__(self, dim):
+        super().__init__()
+        self.fc1 = nn.Linear(dim, 4 * dim)
+        self.fc2 = nn.Linear(4 * dim, dim)
+
+    def forward(self, x):
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block with stochastic depth: (B, N, D) -> (B, N, D)."""
+
+    def __init__(self, dim, heads, drop_path):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
+        self.attn = Attention(dim, heads)
+        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+        self.mlp = Mlp(dim)
+        self.drop_path = drop_path
+
+    def drop(self, x):
+        """Leave a whole branch out for some samples, scale the rest up so that the mean stays."""
+        if not self.training or self.drop_path == 0:
+            return x
+        keep = 1 - self.drop_path
+        return x * x.new_empty(len(x), 1, 1).bernoulli_(keep) / keep
+
+    def forward(self, x):
+        x = x + self.drop(self.attn(self.norm1(x)))
+        return x + self.drop(self.mlp(self.norm2(x)))
+
+
+class ViT(nn.Module):
+    """Vision Transformer classifier: images (B, 3, img_size, img_size) -> logits (B, num_classes).
+
+    The head starts at zero, so that the first loss is exactly ln(num_classes). Raises ValueError
+    where the patch does not divide the image or the heads do not divide dim.
+    """
+
+    def __init__(self, img_size=224, patch_size=16, num_classes=1000, dim=192, depth=12, heads=3,
+                 drop_path=0.0):
+        super().__init__()
+        if img_size % patch_size or dim % heads:
+            raise ValueError(f"patch_size {patch_size} must divide img_size {img_size}, and "
+                             f"heads {heads} must divide dim {dim}")
+        self.patch_embed = nn.Module()
+        self.patch_embed.proj = nn.Conv2d(3, dim, patch_size, patch_size)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
+        self.pos_embed = nn.Parameter(torch.zeros(1, 1 + (img_size // patch_size) ** 2, dim))
+        self.blocks = nn.Sequential(*[Block(dim, heads, drop_path * i / max(1, depth - 1))
+                                      for i in range(depth)])
+        self.norm = nn.LayerNorm(dim, eps=1e-6)
+        self.head = nn.Linear(dim, num_classes)
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=0.02)
+                nn.init.zeros_(module.bias)
+        nn.init.trunc_normal_(self.pos_embed, std=0.02)
+        nn.init.normal_(self.cls_token, std=1e-6)
+        nn.init.zeros_(self.head.weight)
+
+    def forward(self, x):
+        x = self.patch_embed.proj(x).flatten(2).transpose(1, 2)     # (B, D, H, W) -> (B, HW, D)
+        x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], 1)            # (B, 1 + HW, D)
+        x = self.blocks(x + self.pos_embed)
+        return self.head(self.norm(x)[:, 0])
+
+
+def resize_pos_embed(pos_embed, tokens):
+    """Interpolate position embeddings (1, 1 + h*h, D) to (1, tokens, D); the cls token's is kept."""
+    old, new = math.isqrt(pos_embed.shape[1] - 1), math.isqrt(tokens - 1)
+    if old == new:
+        return pos_embed
+    grid = pos_embed[:, 1:].view(1, old, old, -1).permute(0, 3, 1, 2)           # (1, D, old, old)
+    grid = F.interpolate(grid, size=(new, new), mode="bicubic", antialias=True, align_corners=False)
+    return torch.cat([pos_embed[:, :1], grid.flatten(2).transpose(1, 2)], 1)
+
+
+# ==================================================================================================
+# 7 · Downstream data: torchvision's sets by name, or any folder of images
+# ==================================================================================================
+
+DATASETS = {  # name: torchvision class, arguments for training images, arguments for test images
+    "cifar10": ("CIFAR10", dict(train=True), dict(train=False)),
+    "cifar100": ("CIFAR100", dict(train=True), dict(train=False)),
+    "flowers102": ("Flowers102", dict(split="train"), dict(split="test")),
+    "stanford_cars": ("StanfordCars", dict(split="train"), dict(split="test")),
+    "places365": ("Places365", dict(split="train-standard", small=True),
+                  dict(split="val", small=True)),
+    "dtd": ("DTD", dict(split="train"), dict(split="test")),
+    "eurosat": ("EuroSAT", {}, {}),
+    "pets": ("OxfordIIITPet", dict(split="trainval"), dict(split="test")),
+    "food101": ("Food101", dict(split="train"), dict(split="test")),
+    "aircraft": ("FGVCAircraft", dict(split="trainval"), dict(split="test")),
+    "sun397": ("SUN397", {}, {}),
+    "pcam": ("PCAM", dict(split="train"), dict(split="test")),
+    "clevr": ("CLEVRClassification", dict(split="train"), dict(split="val")),
+    "svhn": ("SVHN", dict(split="train"), dict(split="test")),
+    "stl10": ("STL10", dict(split="train"), dict(split="test")),
+}
+ON_DEVICE_BYTES = 4 * 2 ** 30    # sets up to this size live on the device
+
+
+def open_datasets(name, root):
+    """The training and test set of a name in DATASETS, or of "folder" -> two torchvision datasets.
+
+    Sets without an official split are split 4 to 1 by a fixed permutation.
+    """
+    from torchvision import datasets
+    root = Path(root)
+    if name == "folder":
+        tests = [root / d for d in ("test", "val") if (root / d).is_dir()]
+        if not (root / "train").is_dir() or not tests:
+            raise InputError(f"--root {root}: need the folders train/ and test/ (or val/) in it")
+        try:
+            train, test = (datasets.ImageFolder(d) for d in (root / "train", tests[0]))
+        except (FileNotFoundError, OSError) as error:
+            raise InputError(f"--root {root}: {str(error).splitlines()[0]}") from None
+        if train.classes != test.classes:
+            odd = sorted(set(train.classes) ^ set(test.classes))
+            raise InputError(f"--root {root}: train and {tests[0].name} differ in classes {odd[:3]}")
+        return train, test
+    kind, *splits = DATASETS[name]
+    try:
+        train, test = (getattr(datasets, kind)(root, download=True, **split) for split in splits)
+    except Exception as error:      # no network, a dead link, a broken file, a missing reader
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise InputError(f"--data {name}: cannot be downloaded to {root} ({reason}); put its files "
+                         f"there as torchvision.datasets.{kind} expects, or use --data folder"
+                         ) from None
+    if splits[0] == splits[1]:
+        order = torch.randperm(len(train), generator=torch.Generator().manual_seed(0)).tolist()
+        cut = len(order) * 4 // 5
+        train, test = (torch.utils.data.Subset(train, part) for part in (order[:cut], order[cut:]))
+    return train, test
+
+
+def labels_of(dataset):
+    """All labels (n,) of a torchvision dataset, without reading its images."""
+    if isinstance(dataset, torch.utils.data.Subset):
+        return labels_of(dataset.dataset)[dataset.indices]
+    for name in ("targets", "labels", "_labels"):
+        if hasattr(dataset, name):
+            return torch.as_tensor(getattr(dataset, name)).long()
+    if hasattr(dataset, "_samples"):
+        return torch.tensor([label for _, label in dataset._samples])
+    return torch.tensor([int(dataset[i][1]) for i in range(len(dataset))])
+
+
+def balanced_subset(labels, per_class=None, holdout=0.0):
+    """A fixed choice of per_class images of each class -> indices to train on, indices held out.
+
+    holdout: the fraction of the chosen images of each class that is kept for choosing settings.
+    """
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
+    train, held = [], []
+    for label in labels.unique().tolist():
+        members = order[labels[order] == label]
+        if per_class and len(members) < per_class:
+            raise InputError(f"--train-per-class {per_class}: class {label} has only {len(members)}")
+        members = members[:per_class]
+        cut = round(holdout * len(members))
+        held.append(members[:cut])
+        train.append(members[cut:])
+    return torch.cat(train).sort().values, torch.cat(held).sort().values
+
+
+class SquareImages(torch.utils.data.Dataset):
+    """Chosen images of a dataset as (uint8 (3, side, side), label): resized and centre-cropped."""
+
+    def __init__(self, dataset, indices, side):
+        self.dataset, self.indices, self.side = dataset, indices, side
+
+    def __len__(self):
+        return len(self.indices)
+
+    def __getitem__(self, i):
+        from torchvision.transforms import functional as T
+        try:
+            image, label = self.dataset[int(self.indices[i])]
+            image = image.convert("RGB")
+        except Exception as error:
+            where = getattr(self.dataset, "samples", None)
+            where = where[int(self.indices[i])][0] if where else f"image {int(self.indices[i])}"
+            raise InputError(f"--data: cannot read {where} ({type(error).__name__}); mend or remove "
+                             "it") from None
+        if image.size != (self.side, self.side):
+            image = T.center_crop(T.resize(image, self.side, antialias=True), self.side)
+        return T.pil_to_tensor(image), label
+
+
+class Images:
+    """A labelled set of square images that yields batches of given indices on the device.
+
+    A set up to ON_DEVICE_BYTES is read once and stays on the device as uint8; a larger one streams
+    through a DataLoader with `workers` processes, in the same order.
+    """
+
+    def __init__(self, dataset, indices, img_size, device, workers):
+        width, height = dataset[int(indices[0])][0].size
+        side = min(width, height) if width == height and width <= img_size * 8 // 7 \
+            else img_size * 8 // 7              # small pictures stay as they are; 256 for 224
+        self.reader, self.device, self.workers = SquareImages(dataset, indices, side), device, workers
+        self.labels, self.images = labels_of(dataset)[indices], None
+        if len(indices) * 3 * side * side <= ON_DEVICE_BYTES:
+            loader = torch.utils.data.DataLoader(self.reader, 256, num_workers=workers)
+            self.images = torch.cat([images for images, _ in loader]).to(device)
+            self.labels = self.labels.to(device)
+
+    def __len__(self):
+        return len(self.labels)
+
+    def batches(self, index_lists):
+        """For each tensor of indices: images uint8 (B, 3, side, side) and labels (B,)."""
+        if self.images is not None:
+            for i in index_lists:
+                i = i.to(self.device)
+                yield self.images[i], self.labels[i]
+            return
+        loader = torch.utils.data.DataLoader(self.reader, batch_sampler=index_lists,
+                                             num_workers=self.workers, pin_memory=True)
+        for images, labels in loader:
+            yield (images.to(self.device, non_blocking=True),
+                   labels.to(self.device, non_blocking=True))
+
+
+# ==================================================================================================
+# 8 · Training: one loop for pre-training and fine-tuning
+#
+# All randomness of a step is a function of (seed, step, rank) and nothing else. So a run that is
+# resumed at a step goes on exactly, with no generator to store; and ranks see different images.
+# ==================================================================================================
+
+def seed_for(*key):
+    """A 31-bit seed from any key of numbers and strings, the same on every machine."""
+    return zlib.crc32(repr(key).encode()) >> 1
+
+
+@functools.lru_cache(maxsize=2)
+def permutation(n, seed, epoch):
+    """The order of n images in one epoch."""
+    return torch.randperm(n, generator=torch.Generator().manual_seed(seed_for(seed, "order", epoch)))
+
+
+def batch_indices(n, batch_size, step, seed):
+    """Which images of n make the batch of a step: one fresh permutation after another, cut up."""
+    first, last = step * batch_size, (step + 1) * batch_size
+    epochs = range(first // n, (last - 1) // n + 1)
+    return torch.cat([permutation(n, seed, e)[max(0, first - e * n):last - e * n] for e in epochs])
+
+
+def make_optimizer(model, name, lr, weight_decay):
+    """AdamW, or SGD with Nesterov momentum; biases, norms, cls token and positions do not decay."""
+    decay = [p for n, p in model.named_parameters() if p.ndim > 1 and not n.endswith(
+        ("cls_token", "pos_embed"))]
+    rest = [p for n, p in model.named_parameters() if p.ndim <= 1 or n.endswith(
+        ("cls_token", "pos_embed"))]
+    groups = [dict(params=decay, weight_decay=weight_decay), dict(params=rest, weight_decay=0.0)]
+    if name == "sgd":
+        return torch.optim.SGD(groups, lr, momentum=0.9, nesterov=True)
+    return torch.optim.AdamW(groups, lr, betas=(0.9, 0.999), fused=True)
+
+
+def learning_rate(step, steps, warmup, peak):
+    """Linear warm-up, then half a cosine down to zero."""
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+
+
+def pick_precision(device):
+    """bf16 where it pays: CUDA GPUs that have it, and CPUs whose bf16 product is measurably faster."""
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported() else "fp32"
+    if device.type != "cpu":
+        return "fp32"
+    seconds = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        a, b = torch.randn(4096, 96, dtype=dtype), torch.randn(96, 384, dtype=dtype)
+        times = []
+        for _ in range(5):
+            start = time.perf_counter()
+            a @ b
+            times.append(time.perf_counter() - start)
+        seconds[dtype] = min(times)
+    return "bf16" if seconds[torch.bfloat16] < 0.67 * seconds[torch.float32] else "fp32"
+
+
+def autocast(device, precision):
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+
+
+def save_checkpoint(path, **content):
+    """Write beside the file, flush to disk, rename: at any moment there is one whole checkpoint."""
+    beside = Path(f"{path}.part")
+    with open(beside, "wb") as file:
+        torch.save(content, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(beside, path)
+
+
+def load_checkpoint(path):
+    """Read our checkpoint, a timm state dict, or the authors' {"model": ...} -> dict with "model".
+
+    Only tensors and plain values are read (weights_only), never code.
+    """
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise InputError(f"--ckpt {path}: no such file") from None
+    except Exception as error:
+        raise InputError(f"--ckpt {path}: not a readable checkpoint of plain tensors "
+                         f"({type(error).__name__})") from None
+    if isinstance(content, dict) and "model" not in content:
+        content = {"model": content}
+    state = content.get("model") if isinstance(content, dict) else None
+    if not isinstance(state, dict) or not state or not all(
+            isinstance(t, torch.Tensor) for t in state.values()):
+        raise InputError(f"--ckpt {path}: holds no state dict of a model")
+    content["model"] = {k.removeprefix("module."): t for k, t in state.items()}
+    return content
+
+
+def load_weights(model, state, path):
+    """Copy a state dict into the model. The head is left as it is where the classes differ; position
+    embeddings are interpolated to the image size. InputError names every other mismatch."""
+    own, state = model.state_dict(), dict(state)
+    pos = state.get("pos_embed")
+    if pos is not None and pos.ndim == 3 and pos.shape[-1] == own["pos_embed"].shape[-1]:
+        state["pos_embed"] = resize_pos_embed(pos, own["pos_embed"].shape[1])
+    for name in ("head.weight", "head.bias"):
+        if name not in state or state[name].shape != own[name].shape:
+            state[name] = own[name]
+    wrong = [f"{k} is missing" for k in own if k not in state]
+    wrong += [f"{k} is unknown" for k in state if k not in own]
+    wrong += [f"{k} is {tuple(state[k].shape)}, not {tuple(own[k].shape)}" for k in own
+              if k in state and state[k].shape != own[k].shape]
+    if wrong:
+        more = f", and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+        raise InputError(f"--ckpt {path}: does not fit --model, --img-size and --patch-size: "
+                         f"{'; '.join(wrong[:3])}{more}")
+    model.load_state_dict(state)
+
+
+@torch.no_grad()
+def evaluate(model, data, transform, device, precision, batch_size=500):
+    """Top-1 and top-5 accuracy in percent of a set of `Images`."""
+    model.eval()
+    top1 = top5 = 0
+    for images, labels in data.batches(torch.arange(len(data)).split(batch_size)):
+        x, _ = transform(images, labels)
+        with autocast(device, precision):
+            logits = model(x).float()
+        ranked = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
+        top1, top5 = top1 + ranked[:, 0].sum(), top5 + ranked.sum()
+    model.train()
+    return 100 * int(top1) / len(data), 100 * int(top5) / len(data)
+
+
+class Team:
+    """The processes that train together: one, or those that torchrun started (DDP)."""
+
+    def __init__(self, device):
+        self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        self.device = device
+        if self.world > 1:
+            if device.type == "cuda":
+                self.device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+                torch.cuda.set_device(self.device)
+            torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+
+    def wrap(self, model):
+        if self.world == 1:
+            return model
+        return nn.parallel.DistributedDataParallel(model)
+
+    def close(self):
+        if self.world > 1:
+            torch.distributed.destroy_process_group()
+
+
+def train(model, batches, augment, args, team, steps, start=0, optimizer_state=None, tests=None):
+    """Train from step `start` to `steps`, logging and saving into args.out -> the last log record.
+
+    batches: an iterator of (images, labels) of this rank, from `start` on. tests: a function of no
+    arguments that returns (top-1, top-5), called every args.eval_every steps and at the end.
+    """
+    device, out = team.device, Path(args.out)
+    optimizer = make_optimizer(model, args.optimizer, args.lr, args.weight_decay)
+    if optimizer_state:
+        optimizer.load_state_dict(optimizer_state)
+    network = team.wrap(model)
+    augment.generator = torch.Generator(device)
+    log = open(out / "log.jsonl", "a") if team.rank == 0 else None
+    total, seen, best, record = torch.zeros(2, device=device), 0, 0.0, {}
+    began = tick = time.perf_counter()
+    model.train()
+    for step, (images, labels) in zip(range(start, steps), batches):
+        key = seed_for(args.seed, "step", step, team.rank)
+        torch.manual_seed(key)                                      # drop path
+        augment.generator.manual_seed(key ^ 1)
+        x, target = augment(images, labels)
+        if step == 0 and team.rank == 0:
+            save_samples(out / "samples.png", x, augment)
+        lr = learning_rate(step, steps, args.warmup, args.lr)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        with autocast(device, args.precision):
+            logits = network(x)
+        loss = lpce_loss(logits.float(), target)
+        loss.backward()
+        if args.clip_grad:
+            nn.utils.clip_grad_norm_(model.parameters(), args.clip_grad)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        with torch.no_grad():
+            right = (logits.argmax(1) == target.argmax(1)).float().sum()
+            total += torch.stack([loss.detach() * len(x), right])
+        seen += len(x)
+
+        done = step + 1
+        if done % args.log_every == 0 or done == steps:
+            mean_loss, accuracy = (total / seen).tolist()
+            now = time.perf_counter()
+            speed = seen * team.world / (now - tick)
+            left = (steps - done) * args.batch_size / speed
+            if not math.isfinite(mean_loss):
+                raise InputError(f"--lr {args.lr}: the loss is not finite before step {done}; lower "
+                                 f"--lr, or set --clip-grad; {out / 'last.pt'} is the last good one")
+            record = dict(step=done, images=done * args.batch_size, loss=mean_loss,
+                          top1=100 * accuracy, lr=lr, images_per_s=round(speed, 1))
+            if log:
+                log.write(json.dumps(record) + "\n")
+                log.flush()
+                print(f"step {done}/{steps}  loss {mean_loss:.3f}  top-1 {100 * accuracy:.1f}%  "
+                      f"lr {lr:.2e}  {speed:.0f} images/s  {int(left // 60)}:{int(left % 60):02d} "
+                      "left", flush=True)
+            total.zero_()
+            seen, tick = 0, time.perf_counter()
+        if tests and team.rank == 0 and (done % args.eval_every == 0 or done == steps):
+            before = time.perf_counter()
+            top1, top5 = tests()
+            best = max(best, top1)
+            record = dict(step=done, images=done * args.batch_size, test_top1=top1, test_top5=top5,
+                          best_top1=best, seconds=round(time.perf_counter() - began, 1))
+            log.write(json.dumps(record) + "\n")
+            log.flush()
+            print(f"step {done}/{steps}  test top-1 {top1:.2f}%  top-5 {top5:.2f}%  "
+                  f"(best top-1 {best:.2f}%)", flush=True)
+            tick += time.perf_counter() - before
+        if team.rank == 0 and (done % args.save_every == 0 or done == steps):
+            save_checkpoint(out / "last.pt", model=model.state_dict(), step=done, args=vars(args),
+                            optimizer=optimizer.state_dict())
+    if log:
+        log.close()
+        save_curve(out)
+    return record
+
+
+def save_samples(path, x, augment, rows=8):
+    """A grid of what the network saw: the first images of an augmented batch (B, 3, S, S)."""
+    from torchvision.utils import save_image
+    x = x[:rows * rows].float().cpu()
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (augment.mean, augment.std))
+    save_image((x * std + mean).clamp(0, 1), path, nrow=rows, padding=2, pad_value=1)
+
+
+def save_curve(out):
+    """Loss, and test accuracy where there is one, over the images seen: out/log.jsonl -> curve.png."""
+    import matplotlib
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+    records = [json.loads(line) for line in open(out / "log.jsonl")]
+    figure, axis = plt.subplots(figsize=(6, 3.5), layout="constrained")
+    loss = [(r["images"], r["loss"]) for r in records if "loss" in r]
+    axis.plot(*zip(*loss), color="C0", lw=1)
+    axis.set(xlabel="images seen", ylabel="training loss")
+    test = [(r["images"], r["test_top1"]) for r in records if "test_top1" in r]
+    if test:
+        right = axis.twinx()
+        right.plot(*zip(*test), color="C1", marker=".")
+        right.set_ylabel("test top-1 (%)", color="C1")
+    figure.savefig(out / "curve.png", dpi=120)
+    plt.close(figure)
+
+
+# ==================================================================================================
+# 9 · Commands
+# ==================================================================================================
+
+def make_augment(args, num_classes, mean, std, vertical_flip):
+    """The augmentation that the flags of Table 9 ask for."""
+    return Augment(
+        args.img_size, num_classes, crop=args.crop, aspect=args.aspect, crop_scale=args.crop_scale,
+        flip=(0.5 * args.flip, 0.5 * args.flip * vertical_flip), randaug=args.randaug,
+        jitter=0.4 * args.jitter, erase=0.5 * args.erase, mixup=0.8 * args.mixup,
+        cutmix=1.0 * args.cutmix, smoothing=args.smoothing, mean=mean, std=std)
+
+
+def plain(img_size, num_classes, mean, std):
+    """The evaluation transform: everything switched off."""
+    return Augment(img_size, num_classes, crop=False, flip=(0, 0), randaug=False, jitter=0, erase=0,
+                   mixup=0, cutmix=0, smoothing=0, mean=mean, std=std)
+
+
+HALF = (0.5, 0.5, 0.5)
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+def make_model(args, num_classes):
+    dim, depth, heads = MODELS[args.model]
+    torch.manual_seed(seed_for(args.seed, "weights"))
+    return ViT(args.img_size, args.patch_size, num_classes, dim, depth, heads, args.drop_path)
+
+
+def fractal_images(args, device):
+    """The base system of --fractal-seed and its L perturbations -> base, maps, coverage."""
+    base = base_ifs(args.num_maps, args.sigma, args.fractal_seed)
+    coverage, maps = liep_images(base, args.delta, args.L, args.canvas, args.points, args.texture,
+                                 args.noise, seed_for(args.seed, "eps"), device)
+    return base, maps, coverage
+
+
+def start_run(args, team):
+    """Make the run folder, or find what --resume goes on with -> (checkpoint or None)."""
+    out = Path(args.out)
+    last = out / "last.pt"
+    if args.resume:
+        if not last.exists():
+            raise InputError(f"--resume: there is no {last} to go on with; check --out")
+        return load_checkpoint(last)
+    if last.exists():
+        raise InputError(f"--out {out}: holds a finished or stopped run; give another --out, or "
+                         "--resume to go on with it")
+    if team.rank == 0:
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+            (out / "args.json").write_text(json.dumps(vars(args), indent=1) + "\n")
+            (out / "log.jsonl").unlink(missing_ok=True)
+        except OSError as error:
+            raise InputError(f"--out {out}: cannot be written ({error.strerror})") from None
+    return None
+
+
+def announce(args, team, model, steps, images):
+    if team.rank == 0:
+        millions = sum(p.numel() for p in model.parameters()) / 1e6
+        print(f"{args.model} ({millions:.1f}M parameters) at {args.img_size}x{args.img_size}, patch "
+              f"{args.patch_size}, on {team.device} x{team.world}, {args.precision}\n"
+              f"{images} images, {steps} steps of {args.batch_size} (global), {args.optimizer}, "
+              f"peak lr {args.lr:g}, warm-up {args.warmup} steps, weight decay "
+              f"{args.weight_decay:g}; run folder {args.out}", flush=True)
+
+
+def rank_batches(n, args, team, start, steps):
+    """This rank's share of the indices of each step, from `start` on."""
+    for step in range(start, steps):
+        yield batch_indices(n, args.batch_size, step, args.seed)[team.rank::team.world]
+
+
+def pretrain(args, team):
+    """Pre-train on L perturbed copies of one fractal: everything stays on the device."""
+    checkpoint = start_run(args, team)
+    device, start = team.device, checkpoint["step"] if checkpoint else 0
+    base, maps, coverage = fractal_images(args, device)
+    if team.rank == 0 and not checkpoint:
+        (Path(args.out) / "fractal.json").write_text(json.dumps(dict(
+            sigma=sigma_factor(base).item(), base=base.tolist(), eps=(maps - base).tolist())))
+    texture = torch.Generator(device).manual_seed(seed_for(args.seed, "texture"))
+    images = None if args.fresh_texture else stamp(coverage, args.texture, texture)
+
+    def batches():
+        for step, i in enumerate(rank_batches(args.L, args, team, start, args.steps), start):
+            i = i.to(device)
+            if args.fresh_texture:
+                texture.manual_seed(seed_for(args.seed, "texture", step, team.rank))
+                yield stamp(coverage[i], args.texture, texture), i
+            else:
+                yield images[i], i
+
+    model = make_model(args, args.L).to(device)
+    if checkpoint:
+        load_weights(model, checkpoint["model"], args.out)
+    announce(args, team, model, args.steps, f"1 fractal, {args.L}")
+    augment = make_augment(args, args.L, HALF, HALF, True)
+    return train(model, batches(), augment, args, team, args.steps, start,
+                 checkpoint and checkpoint["optimizer"])
+
+
+def finetune(args, team):
+    """Fine-tune a checkpoint, or train from scratch without one; report the last epoch."""
+    weights = load_checkpoint(args.ckpt) if args.ckpt else None
+    checkpoint = start_run(args, team)
+    device, start = team.device, checkpoint["step"] if checkpoint else 0
+    train_set, test_set = open_datasets(args.data, args.root)
+    chosen, held = balanced_subset(labels_of(train_set), args.train_per_class, args.holdout)
+    images = Images(train_set, chosen, args.img_size, device, args.workers)
+    classes = len(getattr(train_set, "classes", ())) or int(labels_of(train_set).max()) + 1
+    if args.holdout:
+        test = Images(train_set, held, args.img_size, device, args.workers)
+    else:
+        test = Images(test_set, torch.arange(len(test_set)), args.img_size, device, args.workers)
+    model = make_model(args, classes)
+    if weights:
+        load_weights(model, weights["model"], args.ckpt)
+    if checkpoint:
+        load_weights(model, checkpoint["model"], args.out)
+    model.to(device)
+    steps = math.ceil(args.epochs * len(images) / args.batch_size)
+    args.eval_every = max(1, round(args.eval_epochs * len(images) / args.batch_size))
+    announce(args, team, model, steps, f"{args.data}, {len(images)}")
+    augment = make_augment(args, classes, IMAGENET_MEAN, IMAGENET_STD, False)
+    transform = plain(args.img_size, classes, IMAGENET_MEAN, IMAGENET_STD)
+    return train(model, images.batches(rank_batches(len(images), args, team, start, steps)), augment,
+                 args, team, steps, start, checkpoint and checkpoint["optimizer"],
+                 lambda: evaluate(model, test, transform, device, args.precision))
+
+
+# ==================================================================================================
+# 10 · Flags
+# ==================================================================================================
+
+def number(kind, low, high=math.inf, above=False):
+    """An argparse type: a finite number in [low, high], or (low, high] with above=True."""
+    def convert(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
+        if not (low < value if above else low <= value) or not value <= high:
+            border = f"above {low}" if above else f"at least {low}"
+            upper = "" if high == math.inf else f" and at most {high}"
+            raise argparse.ArgumentTypeError(f"{text} must be {border}{upper}")
+        return value
+    return convert
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with errors of one line."""
+
+    def error(self, message):
+        self.exit(2, f"onepfrac: {message.removeprefix('argument ')}\n")
+
+
+def make_parser():
+    parser = Parser(prog="onepfrac.py", description=__doc__.split("\n\n")[0], allow_abbrev=False)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    whole, rate = functools.partial(number, int), functools.partial(number, float)
+
+    def add(name, text):
+        command = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
+        run = command.add_argument_group("run")
+        run.add_argument("--recipe", choices=RECIPES, help="default: nano on a CPU, small on a GPU")
+        run.add_argument("--seed", type=whole(0), default=0)
+        run.add_argument("--device", choices=("auto", "cuda", "mps", "cpu"), default="auto")
+        run.add_argument("--out", default=f"runs/{name}", help="folder for what the command writes")
+        return command, run
+
+    def add_fractal(command):
+        group = command.add_argument_group("Tables 5, 6, 7: the LIEP distribution")
+        group.add_argument("--delta", type=rate(0), default=0.1, help="side of the cube of eps")
+        group.add_argument("--sigma", type=rate(0, above=True), default=3.5, help="sigma-factor")
+        group.add_argument("--L", type=whole(2), help="perturbations, which are the classes")
+        group.add_argument("--noise", choices=("additive", "multiplicative"), default="additive",
+                           help="additive: the paper; multiplicative: the authors' code")
+        group = command.add_argument_group("the fractal and its picture")
+        group.add_argument("--fractal-seed", type=whole(0), default=32, help="which fractal")
+        group.add_argument("--num-maps", type=whole(2), default=2, help="N of Eq. 1")
+        group.add_argument("--canvas", type=whole(16), help="pixels a side that are rendered")
+        group.add_argument("--points", type=whole(1), help="points of the chaos game an image")
+        group.add_argument("--texture", choices=("random", "fill", "point"))
+
+    def add_training(command, run):
+        on = dict(action=argparse.BooleanOptionalAction)
+        run.add_argument("--resume", action="store_true", help="go on with the run in --out")
+        run.add_argument("--save-every", type=whole(1), default=1000, help="steps")
+        run.add_argument("--log-every", type=whole(1), default=50, help="steps")
+        run.add_argument("--precision", choices=("auto", "bf16", "fp32"), default="auto")
+        group = command.add_argument_group("network")
+        group.add_argument("--model", choices=MODELS)
+        group.add_argument("--img-size", type=whole(1))
+        group.add_argument("--patch-size", type=whole(1))
+        group.add_argument("--drop-path", type=rate(0, 0.99))
+        group = command.add_argument_group("optimisation (literal numbers, global batch)")
+        group.add_argument("--batch-size", type=whole(1))
+        group.add_argument("--lr", type=rate(0, above=True), help="peak, used as it is")
+        group.add_argument("--weight-decay", type=rate(0))
+        group.add_argument("--warmup", type=whole(0), help="steps")
+        group.add_argument("--optimizer", choices=("adamw", "sgd"))
+        group.add_argument("--clip-grad", type=rate(0), help="norm; 0: none")
+        group = command.add_argument_group("Table 9: augmentation")
+        for name in ("randaug", "crop", "aspect", "erase", "mixup", "cutmix", "flip", "jitter"):
+            group.add_argument(f"--{name}", **on)
+        group.add_argument("--crop-scale", type=rate(0, 1, above=True), nargs=2,
+                           metavar=("LOW", "HIGH"), help="area of the crop")
+        group.add_argument("--smoothing", type=rate(0, 1), help="label smoothing")
+
+    command, run = add("pretrain", pretrain.__doc__)
+    run.add_argument("--steps", type=whole(1))
+    add_fractal(command)
+    add_training(command, run)
+    group = command.add_argument_group('Table 13: "w/ Aug."')
+    group.add_argument("--fresh-texture", action="store_true", help="a new 3x3 texture every step")
+
+    command, run = add("finetune", finetune.__doc__)
+    run.add_argument("--ckpt", help="weights to start from; without: from scratch")
+    run.add_argument("--epochs", type=rate(0, above=True))
+    add_training(command, run)
+    group = command.add_argument_group("Tables 13, 14: data")
+    group.add_argument("--data", choices=("folder", *DATASETS), default="cifar100")
+    group.add_argument("--root", default="data", help="where the data is, or is downloaded to")
+    group.add_argument("--train-per-class", type=whole(1), help="a fixed balanced subset")
+    group.add_argument("--holdout", type=rate(0, 0.9), default=0.0,
+                       help="fraction of the training images to test on instead of the test set")
+    group.add_argument("--eval-epochs", type=rate(0, above=True), default=5, help="test this often")
+    group.add_argument("--workers", type=whole(0), default=2, help="processes that read images")
+    return parser
+
+
+def resolve(args):
+    """Fill in the device, the precision and the recipe's numbers where no flag was given."""
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(),
+                 "cpu": True}
+    if args.device == "auto":
+        args.device = next(name for name, there in available.items() if there)
+    elif not available[args.device]:
+        raise InputError(f"--device {args.device}: there is none here; try --device auto")
+    chosen = args.recipe is None
+    args.recipe = args.recipe or ("small" if args.device == "cuda" else "nano")
+    recipe = RECIPES[args.recipe]
+    for name, value in {**recipe, **recipe.get(args.command, recipe["pretrain"])}.items():
+        if hasattr(args, name) and getattr(args, name) is None:
+            setattr(args, name, value)
+    if getattr(args, "precision", None) == "auto":
+        args.precision = pick_precision(torch.device(args.device))
+    if hasattr(args, "patch_size") and args.img_size % args.patch_size:
+        raise InputError(f"--patch-size {args.patch_size}: must divide --img-size {args.img_size}")
+    if hasattr(args, "sigma") and args.sigma > 3 * args.num_maps:
+        raise InputError(f"--sigma {args.sigma}: at most 3 for each map, so 3 x --num-maps "
+                         f"= {3 * args.num_maps}")
+    print(f"recipe {args.recipe}" + (" (chosen for this device)" if chosen else ""), flush=True)
+    return torch.device(args.device)
+
+
+def main(argv=None):
+    """Run one command -> exit status."""
+    args = make_parser().parse_args(argv)
+    try:
+        team = Team(resolve(args))
+        try:
+            globals()[args.command](args, team)
+        finally:
+            team.close()
+    except InputError as error:
+        print(f"onepfrac: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
