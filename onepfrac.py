@@ -37,11 +37,11 @@ RECIPES = {
         "model": "vit_nano", "img_size": 32, "patch_size": 4, "drop_path": 0.0,
         "pretrain": dict(
             L=64, canvas=64, points=20_000, texture="fill", steps=3750, batch_size=128, lr=1e-3,
-            weight_decay=0.05, warmup=100, optimizer="adamw", crop_scale=(0.2, 1.0), clip_grad=1.0,
+            weight_decay=0.05, warmup=0.05, optimizer="adamw", crop_scale=(0.2, 1.0), clip_grad=1.0,
             randaug=False, crop=True, aspect=True, erase=False, mixup=False, cutmix=False,
             flip=False, jitter=False, smoothing=0.0),
         "finetune": dict(
-            epochs=20, batch_size=64, lr=1e-3, weight_decay=0.05, warmup=100,
+            epochs=20, batch_size=64, lr=1e-3, weight_decay=0.05, warmup=0.05,
             optimizer="adamw", crop_scale=(0.4, 1.0), clip_grad=1.0,
             randaug=False, crop=True, aspect=True, erase=False, mixup=False, cutmix=False,
             flip=True, jitter=False, smoothing=0.0),
@@ -50,11 +50,11 @@ RECIPES = {
         "model": "vit_tiny", "img_size": 32, "patch_size": 4, "drop_path": 0.0,
         "pretrain": dict(
             L=1000, canvas=128, points=100_000, texture="random", steps=20_000, batch_size=512,
-            lr=1e-3, weight_decay=0.05, warmup=500, optimizer="adamw", crop_scale=(0.2, 1.0),
+            lr=1e-3, weight_decay=0.05, warmup=0.05, optimizer="adamw", crop_scale=(0.2, 1.0),
             clip_grad=1.0, randaug=False, crop=True, aspect=True, erase=False, mixup=False,
             cutmix=True, flip=False, jitter=False, smoothing=0.0),
         "finetune": dict(
-            epochs=100, batch_size=256, lr=1e-3, weight_decay=0.05, warmup=500,
+            epochs=100, batch_size=256, lr=1e-3, weight_decay=0.05, warmup=0.05,
             optimizer="adamw", crop_scale=(0.4, 1.0), clip_grad=1.0,
             randaug=True, crop=True, aspect=True, erase=True, mixup=True, cutmix=True,
             flip=True, jitter=False, smoothing=0.1),
@@ -63,11 +63,11 @@ RECIPES = {
         "model": "vit_tiny", "img_size": 224, "patch_size": 16, "drop_path": 0.1,
         "pretrain": dict(
             L=1000, canvas=512, points=100_000, texture="random", steps=240_000, batch_size=256,
-            lr=5e-4, weight_decay=0.05, warmup=15, optimizer="adamw", crop_scale=(0.08, 1.0),
+            lr=5e-4, weight_decay=0.05, warmup=6.25e-5, optimizer="adamw", crop_scale=(0.08, 1.0),
             clip_grad=0.0, randaug=True, crop=True, aspect=True, erase=True, mixup=True,
             cutmix=True, flip=True, jitter=True, smoothing=0.1),
         "finetune": dict(
-            epochs=1000, batch_size=768, lr=0.015, weight_decay=1e-4, warmup=650,
+            epochs=1000, batch_size=768, lr=0.015, weight_decay=1e-4, warmup=0.01,
             optimizer="sgd", crop_scale=(0.08, 1.0), clip_grad=0.0,
             randaug=True, crop=True, aspect=True, erase=True, mixup=True, cutmix=True,
             flip=True, jitter=True, smoothing=0.1),
@@ -169,19 +169,19 @@ def chaos_game(maps, sequence):
     return orbits
 
 
-def rasterize(orbits, size):
+def rasterize(orbits, size, expands):
     """Points (T/K, B, 2, K) -> which pixels they hit (B, size, size) uint8 0/1, y upwards.
 
-    The bounding box is stretched to fill the canvas but for a margin of 6 pixels in 512. Perturbed
-    maps may expand, and then a few points fly far out; the box follows the central 98% of the
-    points where the full one is several times as large, and what lies outside is not drawn.
+    The bounding box is stretched to fill the canvas but for a margin of 6 pixels in 512. A system
+    with a map that expands (B,) may throw a few points far out: its box follows the central 98% of
+    the points where the full one is over twice as large, and what lies outside is not drawn.
     """
     B, cells = orbits.shape[1], size * size + 1                     # one spare cell, see below
     low, high = orbits.amin((0, 3)), orbits.amax((0, 3))            # (B, 2), NaN if any point is
     few = orbits[:, :, :, ::max(1, orbits.shape[3] // 20)]          # enough for two quantiles
     few = few.permute(1, 2, 0, 3).flatten(2).nan_to_num(1e30, 1e30, -1e30)
     core = torch.quantile(few, few.new_tensor([0.01, 0.99]), dim=2)            # (2, B, 2)
-    wild = ~(high - low <= 4 * (core[1] - core[0]))                 # true for NaN as well
+    wild = expands[:, None] & ~(high - low <= 2 * (core[1] - core[0]))      # true for NaN, too
     low, high = torch.where(wild, core[0], low), torch.where(wild, core[1], high)
 
     margin = max(1, 6 * size // 512)
@@ -233,7 +233,9 @@ def ifs_coverage(maps, size, points, texture, probs=None, generator=None):
     coverage = torch.empty(len(maps), size, size, dtype=torch.uint8, device=maps.device)
     group = max(1, min(POINTS_IN_FLIGHT // points, 2 ** 24 // (size * size + 1)))
     for first in range(0, len(maps), group):
-        hits = rasterize(chaos_game(maps[first:first + group], sequence), size)
+        some = maps[first:first + group]
+        expands = (torch.linalg.svdvals(some[..., :2]) > 1).any(2).any(1)
+        hits = rasterize(chaos_game(some, sequence), size, expands)
         coverage[first:first + group] = hits if texture == "point" else dilate(hits)
     return coverage
 
@@ -384,7 +386,7 @@ OPS = TABLE_OPS + BLEND_OPS + AFFINE_OPS
 def apply_tables(x, op, level):
     """Look each pixel up in its sample's table. x (B, C, H, W) in 0..255, op (B,), level (B,) 0..1."""
     B, C, H, W = x.shape
-    pixel = x.long().view(B * C, H * W)
+    pixel = x.long().reshape(B * C, H * W)
     histogram = x.new_zeros(B * C, 256).scatter_add_(1, pixel, x.new_ones(()).expand(pixel.shape))
     i = torch.arange(256., device=x.device).expand(B * C, 256)
     op, level = (t.repeat_interleave(C)[:, None] for t in (op, level))          # (B * C, 1)
@@ -770,24 +772,33 @@ def balanced_subset(labels, per_class=None, holdout=0.0):
 
 
 class SquareImages(torch.utils.data.Dataset):
-    """Chosen images of a dataset as (uint8 (3, side, side), label): resized and centre-cropped."""
+    """Chosen images of a dataset as (uint8 (3, side, side), label): resized and centre-cropped.
 
-    def __init__(self, dataset, indices, side):
-        self.dataset, self.indices, self.side = dataset, indices, side
+    Small square pictures stay as they are, others become 8/7 of img_size (256 for 224).
+    """
+
+    def __init__(self, dataset, indices, img_size):
+        self.dataset, self.indices, self.side = dataset, indices.tolist(), img_size * 8 // 7
+        width, height = self.read(0)[0].size
+        if width == height and width < self.side:
+            self.side = width
 
     def __len__(self):
         return len(self.indices)
 
+    def read(self, i):
+        try:
+            image, label = self.dataset[self.indices[i]]
+            return image.convert("RGB"), label
+        except Exception as error:
+            files = getattr(self.dataset, "samples", None)
+            where = files[self.indices[i]][0] if files else f"image {self.indices[i]}"
+            raise InputError(f"--root: cannot read {where} ({type(error).__name__}); mend or remove "
+                             "it") from None
+
     def __getitem__(self, i):
         from torchvision.transforms import functional as T
-        try:
-            image, label = self.dataset[int(self.indices[i])]
-            image = image.convert("RGB")
-        except Exception as error:
-            where = getattr(self.dataset, "samples", None)
-            where = where[int(self.indices[i])][0] if where else f"image {int(self.indices[i])}"
-            raise InputError(f"--data: cannot read {where} ({type(error).__name__}); mend or remove "
-                             "it") from None
+        image, label = self.read(i)
         if image.size != (self.side, self.side):
             image = T.center_crop(T.resize(image, self.side, antialias=True), self.side)
         return T.pil_to_tensor(image), label
@@ -801,12 +812,9 @@ class Images:
     """
 
     def __init__(self, dataset, indices, img_size, device, workers):
-        width, height = dataset[int(indices[0])][0].size
-        side = min(width, height) if width == height and width <= img_size * 8 // 7 \
-            else img_size * 8 // 7              # small pictures stay as they are; 256 for 224
-        self.reader, self.device, self.workers = SquareImages(dataset, indices, side), device, workers
-        self.labels, self.images = labels_of(dataset)[indices], None
-        if len(indices) * 3 * side * side <= ON_DEVICE_BYTES:
+        self.reader, self.device = SquareImages(dataset, indices, img_size), device
+        self.labels, self.images, self.workers = labels_of(dataset)[indices], None, workers
+        if len(indices) * 3 * self.reader.side ** 2 <= ON_DEVICE_BYTES:
             loader = torch.utils.data.DataLoader(self.reader, 256, num_workers=workers)
             self.images = torch.cat([images for images, _ in loader]).to(device)
             self.labels = self.labels.to(device)
@@ -822,7 +830,7 @@ class Images:
                 yield self.images[i], self.labels[i]
             return
         loader = torch.utils.data.DataLoader(self.reader, batch_sampler=index_lists,
-                                             num_workers=self.workers, pin_memory=True)
+                                             num_workers=self.workers, pin_memory=self.device.type == "cuda")
         for images, labels in loader:
             yield (images.to(self.device, non_blocking=True),
                    labels.to(self.device, non_blocking=True))
@@ -866,7 +874,7 @@ def make_optimizer(model, name, lr, weight_decay):
 
 
 def learning_rate(step, steps, warmup, peak):
-    """Linear warm-up, then half a cosine down to zero."""
+    """Linear warm-up over `warmup` steps, then half a cosine down to zero."""
     if step < warmup:
         return peak * (step + 1) / warmup
     return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
@@ -984,11 +992,12 @@ class Team:
             torch.distributed.destroy_process_group()
 
 
-def train(model, batches, augment, args, team, steps, start=0, optimizer_state=None, tests=None):
+def train(model, batches, augment, args, team, steps, start=0, optimizer_state=None, tests=None,
+          test_every=1):
     """Train from step `start` to `steps`, logging and saving into args.out -> the last log record.
 
     batches: an iterator of (images, labels) of this rank, from `start` on. tests: a function of no
-    arguments that returns (top-1, top-5), called every args.eval_every steps and at the end.
+    arguments that returns (top-1, top-5), called every `test_every` steps and at the end.
     """
     device, out = team.device, Path(args.out)
     optimizer = make_optimizer(model, args.optimizer, args.lr, args.weight_decay)
@@ -1007,7 +1016,7 @@ def train(model, batches, augment, args, team, steps, start=0, optimizer_state=N
         x, target = augment(images, labels)
         if step == 0 and team.rank == 0:
             save_samples(out / "samples.png", x, augment)
-        lr = learning_rate(step, steps, args.warmup, args.lr)
+        lr = learning_rate(step, steps, round(args.warmup * steps), args.lr)
         for group in optimizer.param_groups:
             group["lr"] = lr
         with autocast(device, args.precision):
@@ -1042,7 +1051,7 @@ def train(model, batches, augment, args, team, steps, start=0, optimizer_state=N
                       "left", flush=True)
             total.zero_()
             seen, tick = 0, time.perf_counter()
-        if tests and team.rank == 0 and (done % args.eval_every == 0 or done == steps):
+        if tests and team.rank == 0 and (done % test_every == 0 or done == steps):
             before = time.perf_counter()
             top1, top5 = tests()
             best = max(best, top1)
@@ -1054,7 +1063,8 @@ def train(model, batches, augment, args, team, steps, start=0, optimizer_state=N
                   f"(best top-1 {best:.2f}%)", flush=True)
             tick += time.perf_counter() - before
         if team.rank == 0 and (done % args.save_every == 0 or done == steps):
-            save_checkpoint(out / "last.pt", model=model.state_dict(), step=done, args=vars(args),
+            save_checkpoint(out / "last.pt", model=model.state_dict(), step=done,
+                            args=json.loads(json.dumps(vars(args))),
                             optimizer=optimizer.state_dict())
     if log:
         log.close()
@@ -1126,6 +1136,12 @@ def fractal_images(args, device):
     return base, maps, coverage
 
 
+def save_fractal(path, base, maps):
+    """What the authors never kept: the base system, its sigma-factor and every eps."""
+    path.write_text(json.dumps(dict(sigma=sigma_factor(base).item(), base=base.tolist(),
+                                    eps=(maps - base).tolist())) + "\n")
+
+
 def start_run(args, team):
     """Make the run folder, or find what --resume goes on with -> (checkpoint or None)."""
     out = Path(args.out)
@@ -1133,7 +1149,17 @@ def start_run(args, team):
     if args.resume:
         if not last.exists():
             raise InputError(f"--resume: there is no {last} to go on with; check --out")
-        return load_checkpoint(last)
+        checkpoint = load_checkpoint(last)
+        free = {"resume", "out", "device", "save_every", "log_every", "workers", "root"}
+        for name, value in json.loads(json.dumps(vars(args))).items():
+            saved = checkpoint["args"].get(name)
+            if name not in free and value != saved:
+                raise InputError(f"--resume: --{name.replace('_', '-')} was {saved} in {out} and is "
+                                 f"{value} now; repeat the flags of that run")
+        lines = (out / "log.jsonl").read_text().splitlines(keepends=True)
+        (out / "log.jsonl").write_text("".join(
+            line for line in lines if json.loads(line)["step"] <= checkpoint["step"]))
+        return checkpoint
     if last.exists():
         raise InputError(f"--out {out}: holds a finished or stopped run; give another --out, or "
                          "--resume to go on with it")
@@ -1153,7 +1179,7 @@ def announce(args, team, model, steps, images):
         print(f"{args.model} ({millions:.1f}M parameters) at {args.img_size}x{args.img_size}, patch "
               f"{args.patch_size}, on {team.device} x{team.world}, {args.precision}\n"
               f"{images} images, {steps} steps of {args.batch_size} (global), {args.optimizer}, "
-              f"peak lr {args.lr:g}, warm-up {args.warmup} steps, weight decay "
+              f"peak lr {args.lr:g}, warm-up {round(args.warmup * steps)} steps, weight decay "
               f"{args.weight_decay:g}; run folder {args.out}", flush=True)
 
 
@@ -1169,8 +1195,7 @@ def pretrain(args, team):
     device, start = team.device, checkpoint["step"] if checkpoint else 0
     base, maps, coverage = fractal_images(args, device)
     if team.rank == 0 and not checkpoint:
-        (Path(args.out) / "fractal.json").write_text(json.dumps(dict(
-            sigma=sigma_factor(base).item(), base=base.tolist(), eps=(maps - base).tolist())))
+        save_fractal(Path(args.out) / "fractal.json", base, maps)
     texture = torch.Generator(device).manual_seed(seed_for(args.seed, "texture"))
     images = None if args.fresh_texture else stamp(coverage, args.texture, texture)
 
@@ -1212,14 +1237,68 @@ def finetune(args, team):
         load_weights(model, checkpoint["model"], args.out)
     model.to(device)
     steps = math.ceil(args.epochs * len(images) / args.batch_size)
-    args.eval_every = max(1, round(args.eval_epochs * len(images) / args.batch_size))
     announce(args, team, model, steps, f"{args.data}, {len(images)}")
     augment = make_augment(args, classes, IMAGENET_MEAN, IMAGENET_STD, False)
     transform = plain(args.img_size, classes, IMAGENET_MEAN, IMAGENET_STD)
     return train(model, images.batches(rank_batches(len(images), args, team, start, steps)), augment,
                  args, team, steps, start, checkpoint and checkpoint["optimizer"],
-                 lambda: evaluate(model, test, transform, device, args.precision))
+                 lambda: evaluate(model, test, transform, device, args.precision),
+                 max(1, round(args.eval_epochs * len(images) / args.batch_size)))
 
+
+def render(args, team):
+    """Write the perturbed images to OUT/<class>/0.png, a folder that ImageFolder reads."""
+    from torchvision.io import write_png
+    out = Path(args.out)
+    if out.exists() and any(out.iterdir()):
+        raise InputError(f"--out {out}: is not empty; give another folder")
+    base, maps, coverage = fractal_images(args, team.device)
+    texture = torch.Generator(team.device).manual_seed(seed_for(args.seed, "texture"))
+    for i, image in enumerate(stamp(coverage, args.texture, texture).cpu()):
+        folder = out / f"{i:0{len(str(args.L - 1))}d}"          # in alphabetical order of the classes
+        folder.mkdir(parents=True)
+        write_png(image[None], str(folder / "0.png"))
+    save_fractal(out.parent / f"{out.name}.json", base, maps)
+    print(f"{args.L} images of {args.canvas}x{args.canvas} in {out}, their maps in {out}.json")
+
+
+def show(args, team):
+    """Draw the paper's Fig. 2b (rows of delta, and the average image) and Fig. 2c (sigma)."""
+    from matplotlib.figure import Figure
+    from torchvision.utils import make_grid
+    columns, out = 8, Path(args.out)
+    out.mkdir(parents=True, exist_ok=True)
+
+    def draw(name, title, rows):
+        figure = Figure(figsize=(columns + 0.5, len(rows) + 0.4), layout="constrained")
+        for axis, (label, images) in zip(figure.subplots(len(rows), 1), rows):
+            strip = make_grid(images[:, None].float() / (2 * GREY), columns, pad_value=1)
+            axis.imshow(strip.permute(1, 2, 0).cpu())
+            axis.set(xticks=[], yticks=[])
+            axis.set_ylabel(label, rotation=0, ha="right", va="center")
+        figure.suptitle(title)
+        figure.savefig(out / name, dpi=150)
+        print(out / name)
+
+    def texture(coverage):
+        return stamp(coverage, args.texture, torch.Generator(team.device).manual_seed(args.seed))
+
+    base, rows = base_ifs(args.num_maps, args.sigma, args.fractal_seed), []
+    for delta in (0.001, 0.01, 0.05, 0.1, 0.2, 1.0):
+        args.delta, args.L = delta, 100
+        images = texture(fractal_images(args, team.device)[2])
+        mean = images.float().mean(0, keepdim=True).to(images.dtype)
+        rows.append((f"$\\Delta$ = {delta:g}", torch.cat([images[:columns - 1], mean])))
+    draw("fig2b.png", f"{columns - 1} of 100 perturbations, and the average of all 100", rows)
+
+    rows = []
+    for sigma in (3.5, 4.0, 4.5, 5.0, 6.0):
+        systems = [base_ifs(args.num_maps, sigma, seed)
+                   for seed in range(args.fractal_seed, args.fractal_seed + columns)]
+        rows.append((f"$\\sigma$ = {sigma:g}", torch.cat([texture(ifs_coverage(
+            maps[None].to(team.device), args.canvas, args.points, args.texture,
+            generator=torch.Generator().manual_seed(0))) for maps in systems])))
+    draw("fig2c.png", f"--fractal-seed {args.fractal_seed} .. {args.fractal_seed + columns - 1}", rows)
 
 # ==================================================================================================
 # 10 · Flags
@@ -1232,9 +1311,10 @@ def number(kind, low, high=math.inf, above=False):
             value = kind(text)
         except ValueError:
             raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
-        if not (low < value if above else low <= value) or not value <= high:
+        inside = (low < value if above else low <= value) and value <= high
+        if not inside or not math.isfinite(value):
             border = f"above {low}" if above else f"at least {low}"
-            upper = "" if high == math.inf else f" and at most {high}"
+            upper = " and finite" if high == math.inf else f" and at most {high}"
             raise argparse.ArgumentTypeError(f"{text} must be {border}{upper}")
         return value
     return convert
@@ -1290,7 +1370,7 @@ def make_parser():
         group.add_argument("--batch-size", type=whole(1))
         group.add_argument("--lr", type=rate(0, above=True), help="peak, used as it is")
         group.add_argument("--weight-decay", type=rate(0))
-        group.add_argument("--warmup", type=whole(0), help="steps")
+        group.add_argument("--warmup", type=rate(0, 0.9), help="fraction of the steps")
         group.add_argument("--optimizer", choices=("adamw", "sgd"))
         group.add_argument("--clip-grad", type=rate(0), help="norm; 0: none")
         group = command.add_argument_group("Table 9: augmentation")
@@ -1306,6 +1386,9 @@ def make_parser():
     add_training(command, run)
     group = command.add_argument_group('Table 13: "w/ Aug."')
     group.add_argument("--fresh-texture", action="store_true", help="a new 3x3 texture every step")
+
+    for name, text in (("render", render.__doc__), ("show", show.__doc__)):
+        add_fractal(add(name, text)[0])
 
     command, run = add("finetune", finetune.__doc__)
     run.add_argument("--ckpt", help="weights to start from; without: from scratch")
@@ -1333,6 +1416,9 @@ def resolve(args):
     chosen = args.recipe is None
     args.recipe = args.recipe or ("small" if args.device == "cuda" else "nano")
     recipe = RECIPES[args.recipe]
+    if getattr(args, "ckpt", None):                                 # the network that was saved
+        saved = load_checkpoint(args.ckpt).get("args", {})
+        recipe = recipe | {k: saved[k] for k in ("model", "img_size", "patch_size") if k in saved}
     for name, value in {**recipe, **recipe.get(args.command, recipe["pretrain"])}.items():
         if hasattr(args, name) and getattr(args, name) is None:
             setattr(args, name, value)
@@ -1340,6 +1426,12 @@ def resolve(args):
         args.precision = pick_precision(torch.device(args.device))
     if hasattr(args, "patch_size") and args.img_size % args.patch_size:
         raise InputError(f"--patch-size {args.patch_size}: must divide --img-size {args.img_size}")
+    if hasattr(args, "crop_scale") and args.crop_scale[0] > args.crop_scale[1]:
+        raise InputError("--crop-scale: LOW must not be above HIGH")
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    if hasattr(args, "batch_size") and args.batch_size % world:
+        raise InputError(f"--batch-size {args.batch_size}: is the global one and must be a multiple "
+                         f"of the {world} processes")
     if hasattr(args, "sigma") and args.sigma > 3 * args.num_maps:
         raise InputError(f"--sigma {args.sigma}: at most 3 for each map, so 3 x --num-maps "
                          f"= {3 * args.num_maps}")
@@ -1356,8 +1448,8 @@ def main(argv=None):
             globals()[args.command](args, team)
         finally:
             team.close()
-    except InputError as error:
-        print(f"onepfrac: {error}", file=sys.stderr)
+    except InputError as error:     # one from a worker process comes wrapped in its traceback
+        print(f"onepfrac: {str(error).strip().split('InputError: ')[-1]}", file=sys.stderr)
         return 2
     return 0
 

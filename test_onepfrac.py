@@ -1,0 +1,761 @@
+"""Tests of onepfrac.py against independent references: plain loops, Pillow, torchvision, nn.Module.
+
+    python -m pytest -q
+"""
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageEnhance, ImageOps
+from torch import nn
+from torchvision.transforms import functional as T
+
+import onepfrac as op
+
+SCRIPT = Path(op.__file__)
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+# --------------------------------------------------------------------------------- 1 IFS and sigma
+
+@pytest.mark.parametrize("num_maps", [2, 3, 7])
+@pytest.mark.parametrize("share", [0.05, 0.58, 1.0])
+def test_sampled_systems_have_the_asked_sigma_and_contract(num_maps, share):
+    sigma = share * 3 * num_maps
+    for seed in range(20):
+        maps = op.sample_ifs(num_maps, sigma, seeded(seed))
+        assert maps.shape == (num_maps, 2, 3)
+        s = np.linalg.svd(maps[:, :, :2].numpy(), compute_uv=False)
+        assert abs((s[:, 0] + 2 * s[:, 1]).sum() - sigma) < 1e-5 * max(1, sigma)
+        assert abs(op.sigma_factor(maps).item() - sigma) < 1e-5 * max(1, sigma)
+        assert s.max() < 1 + 1e-6 and maps[:, :, 2].abs().max() <= 1
+
+
+def test_sampled_systems_use_reflections_rotations_and_the_whole_range_of_translations():
+    maps = torch.stack([op.sample_ifs(2, 3.5, seeded(s)) for s in range(400)]).view(-1, 2, 3)
+    assert 0.4 < (maps[:, :, :2].det() < 0).float().mean() < 0.6
+    assert maps[:, :, 2].min() < -0.95 and maps[:, :, 2].max() > 0.95
+    angle = torch.atan2(maps[:, 1, 0], maps[:, 0, 0])
+    assert all((angle > a).float().mean() - (math.pi - a) / (2 * math.pi) < 0.06
+               for a in (-2.0, -1.0, 0.0, 1.0, 2.0))
+
+
+@pytest.mark.parametrize("num_maps, sigma", [(1, 1.0), (2, 0.0), (2, -1.0), (2, 6.01)])
+def test_impossible_systems_are_refused(num_maps, sigma):
+    with pytest.raises(ValueError, match="sigma"):
+        op.sample_ifs(num_maps, sigma)
+
+
+# -------------------------------------------------------------------------------------- 2 renderer
+
+def plain_loop_hits(maps, sequence, size):
+    """The chaos game, point by point in float64, and the pixels it hits, from the same sequence."""
+    maps, points = maps.double().numpy(), []
+    orbit = np.zeros((len(sequence[0][0]), 2))
+    for step, (order, counts) in enumerate(sequence):
+        map_of = np.repeat(np.arange(len(counts)), counts)      # which map each place takes
+        moved = np.empty_like(orbit)
+        for place, old in enumerate(order.tolist()):
+            a = maps[map_of[place]]
+            moved[place] = a[:, :2] @ orbit[old] + a[:, 2]
+        orbit = moved
+        if step >= op.BURN_IN:
+            points.extend(orbit)
+    points = np.array(points)
+    low, high = points.min(0), points.max(0)
+    margin = max(1, 6 * size // 512)
+    cell = np.floor((points - low) / (high - low) * (size - 1 - 2 * margin) + margin + 0.5).astype(int)
+    hits = np.zeros((size, size), np.uint8)
+    hits[size - 1 - cell[:, 1], cell[:, 0]] = 1
+    return hits
+
+
+@pytest.mark.parametrize("num_maps, seed", [(2, 0), (2, 3), (3, 1), (5, 2)])
+def test_renderer_hits_the_pixels_of_a_plain_loop(num_maps, seed):
+    maps = torch.stack([op.sample_ifs(num_maps, 1.6 * num_maps, seeded(seed + 10 * k))
+                        for k in range(3)])
+    images = op.render_ifs(maps, 128, 5000, "point", seeded(7), torch.ones(num_maps))
+    sequence = op.map_sequence(torch.ones(num_maps), 5000, seeded(7))
+    for image, system in zip(images, maps):
+        wrong = (image.numpy() > 0) != plain_loop_hits(system, sequence, 128)
+        # float32 against float64 moves a point across a pixel's border now and then
+        assert wrong.sum() <= 0.01 * (image > 0).sum()
+
+
+def test_map_sequence_is_independent_draws_from_the_probabilities():
+    probs = torch.tensor([0.1, 0.6, 0.3])
+    sequence = op.map_sequence(probs, 100_000, seeded(1))
+    counts = torch.tensor([c for _, c in sequence]).double()
+    assert len(sequence) == op.BURN_IN + op.ORBIT and (counts.sum(1) == 1000).all()
+    assert (counts.mean(0) / 1000 - probs).abs().max() < 0.005
+    expected = (1000 * probs * (1 - probs)).sqrt()              # multinomial, not fixed, counts
+    assert ((counts.std(0) / expected) - 1).abs().max() < 0.25
+    assert all((order.sort().values == torch.arange(1000)).all() for order, _ in sequence)
+
+
+def test_sierpinski_triangle_has_its_box_counting_dimension():
+    corners = torch.tensor([[0.0, 0.0], [0.5, 0.0], [0.25, 0.5]])
+    maps = torch.cat([0.5 * torch.eye(2).expand(3, 2, 2), corners[:, :, None]], 2)
+    image = op.render_ifs(maps[None], 519, 400_000, "point", seeded(0))[0] > 0    # 519 - 2*3.. > 507
+    rows, columns = image.any(1).nonzero()[:, 0], image.any(0).nonzero()[:, 0]
+    image = image[rows[0]:rows[-1] + 1, columns[0]:columns[-1] + 1].float()[None, None]
+    image = F.interpolate(image, (512, 512), mode="nearest")
+    sizes = (4, 8, 16, 32, 64)
+    boxes = [F.max_pool2d(image, s).sum().item() for s in sizes]
+    slope = np.polyfit(np.log(sizes), np.log(boxes), 1)[0]
+    assert abs(-slope - math.log(3) / math.log(2)) < 0.05
+
+
+def test_picture_fills_the_canvas_upright():
+    maps = torch.tensor([[[0.5, 0, 0], [0, 0.5, 0]], [[0.5, 0, 1], [0, 0.5, 0]],
+                         [[0.5, 0, 0], [0, 0.5, 1]]])           # right triangle, corner at the origin
+    image = op.render_ifs(maps[None], 512, 100_000, "point", seeded(0))[0] > 0
+    assert image.any(1).nonzero()[[0, -1]].flatten().tolist() == [6, 505]
+    assert image.any(0).nonzero()[[0, -1]].flatten().tolist() == [6, 505]
+    assert image[490:, 6:20].sum() > 0 and image[6:200, 300:].sum() == 0
+
+
+def test_texture_has_the_statistics_of_stamping_one_by_one():
+    maps = op.base_ifs(2, 3.5, 32)[None]
+    size, points = 128, 20_000
+    hits = op.render_ifs(maps, size, points, "point", seeded(5))[0].numpy() > 0
+    rng, lit = np.random.default_rng(0), []
+    sequence_points = np.argwhere(hits).repeat(4, 0)            # each hit pixel stamped four times
+    for _ in range(8):
+        canvas = np.zeros((size, size), np.uint8)
+        for y, x in rng.permutation(sequence_points):
+            mask = [int(b) for b in f"{rng.integers(1, 512):09b}"]
+            canvas[y - 1:y + 2, x - 1:x + 2] = np.array(mask).reshape(3, 3)
+        lit.append(canvas)
+    lit = np.array(lit)
+    images = torch.stack([op.render_ifs(maps, size, points, "random", seeded(s))[0]
+                          for s in range(8)]).numpy() > 0
+    filled = op.render_ifs(maps, size, points, "fill", seeded(5))[0].numpy() > 0
+    assert not lit[:, ~filled].any() and lit.any(0)[filled].mean() > 0.98
+    covered = op.dilate(torch.from_numpy(hits[None].astype(np.uint8)))[0].numpy() > 0
+    assert (covered == filled).all()
+    # by chance 4 standard errors of the share of lit pixels, and of equal neighbours
+    pairs = filled[:, 1:] & filled[:, :-1]
+    for ours, theirs, n in ((images[:, filled], lit[:, filled], 8 * filled.sum()),
+                            (images[:, :, 1:][:, pairs] == images[:, :, :-1][:, pairs],
+                             lit[:, :, 1:][:, pairs] == lit[:, :, :-1][:, pairs], 8 * pairs.sum())):
+        assert abs(ours.mean() - theirs.mean()) < 4 * math.sqrt(0.5 / n) + 1 / 256
+    assert abs(images[:, filled].mean() - 256 / 511) < 0.01
+
+
+def test_expanding_systems_neither_spoil_nor_squeeze_an_image():
+    good = op.base_ifs(2, 3.5, 32)
+    explosive = good.clone()
+    explosive[:, :, :2] = 3 * torch.eye(2)                      # overflows float32 within an orbit
+    stray = good.clone()
+    stray[0, :, :2] *= 1.12                                     # contracts on average, strays now and then
+    images = op.render_ifs(torch.stack([good, explosive, stray]), 128, 20_000, "fill", seeded(0),
+                           good[:, :, :2].det().abs())
+    assert set(images.unique().tolist()) <= {0, 127}
+    fill = (images > 0).float().flatten(1).mean(1)
+    assert fill[0] > 0.3 and fill[1] < 0.05 and fill[2] > 0.15
+    alone = op.render_ifs(good[None], 128, 20_000, "fill", seeded(0), good[:, :, :2].det().abs())
+    assert (images[0] == alone[0]).all()
+
+
+def test_images_do_not_depend_on_the_group_they_are_rendered_in(monkeypatch):
+    maps = op.perturb(op.base_ifs(2, 3.5, 32), 0.1, 7, seeded(0))
+    probs = torch.ones(2)
+    together = op.ifs_coverage(maps, 64, 2000, "fill", probs, seeded(3))
+    monkeypatch.setattr(op, "POINTS_IN_FLIGHT", 4000)
+    assert (op.ifs_coverage(maps, 64, 2000, "fill", probs, seeded(3)) == together).all()
+
+
+@pytest.mark.parametrize("change", [dict(size=4), dict(points=0), dict(texture="dots"),
+                                    dict(maps=torch.zeros(2, 2, 3))])
+def test_renderer_refuses_bad_arguments(change):
+    with pytest.raises(ValueError):
+        op.render_ifs(**{"maps": torch.zeros(1, 2, 2, 3), **change})
+
+
+def test_default_fractals_are_well_filled_and_differ():
+    bases = [op.base_ifs(2, 3.5, seed) for seed in (0, 1, 32)]
+    for base in bases:
+        assert abs(op.sigma_factor(base) - 3.5) <= 0.1 + 1e-5
+        assert (op.render_ifs(base[None], 512, 100_000, "fill", seeded(0)) > 0).float().mean() > 0.19
+    assert (bases[0] - bases[1]).abs().max() > 0.1
+    assert (op.base_ifs(2, 3.5, 32) == bases[2]).all()
+
+
+# ---------------------------------------------------------------------------------- 3 LIEP and LPCE
+
+def test_additive_perturbation_is_uniform_in_a_cube_of_side_delta():
+    maps = op.sample_ifs(2, 3.5, seeded(0))
+    eps = op.perturb(maps, 0.2, 5000, seeded(1)) - maps
+    assert eps.shape == (5000, 2, 2, 3)
+    assert eps.abs().max() <= 0.1 + 1e-6 and eps.abs().max() > 0.0999
+    assert (eps.std(0) - 0.2 / math.sqrt(12)).abs().max() < 0.002 and eps.mean(0).abs().max() < 0.004
+
+
+def test_multiplicative_perturbation_scales_each_number():
+    maps = op.sample_ifs(2, 3.5, seeded(0))
+    ratio = op.perturb(maps, 0.3, 5000, seeded(1), "multiplicative") / maps
+    assert ratio.min() >= 0.7 - 1e-5 and ratio.max() <= 1.3 + 1e-5
+    assert (ratio.std(0) - 0.6 / math.sqrt(12)).abs().max() < 0.006
+
+
+def test_first_perturbations_do_not_depend_on_L():
+    base = op.base_ifs(2, 3.5, 32)
+    for delta in (0.1, 1.0):                                    # at 1.0 most candidates are passed over
+        few, few_maps = op.liep_images(base, delta, 6, 64, 2000, "fill", "additive", 0, "cpu")
+        many, many_maps = op.liep_images(base, delta, 25, 64, 2000, "fill", "additive", 0, "cpu")
+        assert (many[:6] == few).all() and (many_maps[:6] == few_maps).all()
+        assert (many.float().mean((1, 2)) >= 0.05).all()
+    other = op.liep_images(base, 0.1, 6, 64, 2000, "fill", "additive", 1, "cpu")[1]
+    assert (other != few_maps).any()
+
+
+def test_lpce_is_ln_L_before_training_and_takes_soft_targets():
+    model = op.ViT(16, 8, 50, 32, 2, 2)
+    logits, labels = model(torch.randn(6, 3, 16, 16)), torch.arange(6)
+    assert abs(op.lpce_loss(logits, labels).item() - math.log(50)) < 1e-6
+    logits = torch.randn(6, 50)
+    soft = 0.7 * F.one_hot(labels, 50) + 0.3 * F.one_hot(labels.flip(0), 50)
+    expected = -(soft * logits.log_softmax(1)).sum(1).mean()
+    assert abs(op.lpce_loss(logits, soft) - expected) < 1e-6
+    assert op.lpce_loss(logits, labels) == F.nll_loss(logits.log_softmax(1), labels)
+
+
+# ----------------------------------------------------------------------------------- 5 augmentation
+
+def photograph(size=64):
+    """A crop of matplotlib's photograph (3, size, size) uint8."""
+    import matplotlib.cbook as cbook
+    image = Image.open(cbook.get_sample_data("grace_hopper.jpg", asfileobj=False))
+    return T.pil_to_tensor(image.resize((size, size), Image.BICUBIC))
+
+
+OFF = dict(crop=False, flip=(0, 0), randaug=False, jitter=0, erase=0, mixup=0, cutmix=0, smoothing=0)
+
+
+@pytest.mark.parametrize("out", [24, 32, 80])
+def test_crop_agrees_with_torchvision(out, monkeypatch):
+    image = photograph(64)
+    boxes = [(0, 0, 64, 64), (3, 7, 40, 50), (30, 20, 11, 13), (5, 0, 59, 20)]   # top left h w
+    x = image.expand(len(boxes), -1, -1, -1)
+    monkeypatch.setattr(op, "random_boxes", lambda *a, **k: torch.tensor(boxes).float().T)
+    for flip in ((0, 0), (1, 0), (0, 1)):
+        augment = op.Augment(out, 2, **{**OFF, "crop": True, "flip": flip}, mean=(0,) * 3, std=(1,) * 3)
+        ours = augment(x, torch.zeros(len(boxes), dtype=torch.long))[0]
+        for mine, box in zip(ours, boxes):
+            theirs = T.resized_crop(image.float() / 255, *box, (out, out),
+                                    T.InterpolationMode.BICUBIC, antialias=True).clamp(0, 1)
+            theirs = T.hflip(theirs) if flip[0] else T.vflip(theirs) if flip[1] else theirs
+            assert (mine - theirs).abs().mean() < 1 / 255 and (mine - theirs).abs().max() < 1.01 / 255
+
+
+def test_resampling_matrices_agree_with_torchvision_to_rounding_errors():
+    image = torch.rand(1, 1, 64, 64)
+    rows, columns = (op.resample_matrix(torch.tensor([a]), torch.tensor([n]), 64, 20,
+                                        torch.tensor([False])) for a, n in ((3., 57.), (10., 31.)))
+    theirs = T.resized_crop(image, 3, 10, 57, 31, (20, 20), T.InterpolationMode.BICUBIC, antialias=True)
+    assert (rows @ image[0] @ columns.transpose(1, 2) - theirs[0]).abs().max() < 2e-5
+
+
+def test_random_boxes_have_the_areas_and_aspects_of_torchvision():
+    top, left, height, width = op.random_boxes(20_000, 64, (0.2, 1.0), (3 / 4, 4 / 3), seeded(0), "cpu")
+    assert (top >= 0).all() and (left >= 0).all() and (top + height <= 64).all()
+    assert (left + width <= 64).all() and (top == top.round()).all() and (width == width.round()).all()
+    from torchvision.transforms import RandomResizedCrop
+    torch.manual_seed(0)
+    theirs = torch.tensor([RandomResizedCrop.get_params(torch.zeros(1, 64, 64), (0.2, 1.0), (3 / 4, 4 / 3))
+                           for _ in range(20_000)]).float()
+    for ours, other in ((top, theirs[:, 0]), (left, theirs[:, 1]), (height, theirs[:, 2]),
+                        (width, theirs[:, 3]), (height * width, theirs[:, 2] * theirs[:, 3])):
+        assert abs(ours.mean() - other.mean()) < 0.02 * other.mean() + 0.2
+        assert abs(ours.std() / other.std() - 1) < 0.03
+
+
+def pillow(name, image, m, sign):
+    """timm's reading of the operation at magnitude m, on Pillow."""
+    size, level = image.size[0], m / 10
+    enhance = 1 + sign * 0.9 * level
+    affine = lambda *row: image.transform(image.size, Image.AFFINE, row, Image.BILINEAR,
+                                          fillcolor=(128,) * 3 if image.mode == "RGB" else 128)
+    lut = [min(255, i + int(level * 110)) if i < 128 else i for i in range(256)]
+    return {
+        "autocontrast": lambda: ImageOps.autocontrast(image),
+        "equalize": lambda: ImageOps.equalize(image),
+        "invert": lambda: ImageOps.invert(image),
+        "posterize": lambda: image.point([i & ~(2 ** (8 - (4 - int(level * 4))) - 1)
+                                          for i in range(256)] * len(image.getbands())),
+        "solarize": lambda: ImageOps.solarize(image, 256 - int(level * 256)),
+        "solarize_add": lambda: image.point(lut * len(image.getbands())),
+        "brightness": lambda: ImageEnhance.Brightness(image).enhance(enhance),
+        "color": lambda: ImageEnhance.Color(image).enhance(enhance),
+        "contrast": lambda: ImageEnhance.Contrast(image).enhance(enhance),
+        "sharpness": lambda: ImageEnhance.Sharpness(image).enhance(enhance),
+        "rotate": lambda: image.rotate(sign * level * 30, Image.BILINEAR,
+                                       fillcolor=(128,) * 3 if image.mode == "RGB" else 128),
+        "shear_x": lambda: affine(1, sign * 0.3 * level, 0, 0, 1, 0),
+        "shear_y": lambda: affine(1, 0, 0, sign * 0.3 * level, 1, 0),
+        "translate_x": lambda: affine(1, 0, sign * 0.45 * level * size, 0, 1, 0),
+        "translate_y": lambda: affine(1, 0, 0, 0, 1, sign * 0.45 * level * size),
+    }[name]()
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+@pytest.mark.parametrize("name", op.OPS)
+def test_randaugment_operation_agrees_with_pillow(name, mode):
+    image = T.to_pil_image(photograph(64)).convert(mode)
+    dark = image.point([40 + i // 3 for i in range(256)] * len(mode))     # leaves room to stretch
+    for picture in (image, dark):
+        x = T.pil_to_tensor(picture)[None].float()
+        for m, sign in ((9.0, 1.0), (9.0, -1.0), (3.7, 1.0), (10.0, -1.0), (0.0, 1.0)):
+            ours = op.apply_op(x, torch.tensor([op.OPS.index(name)]), torch.tensor([m]),
+                               torch.tensor([sign]))[0]
+            theirs = T.pil_to_tensor(pillow(name, picture, m, sign)).float()
+            wrong = (ours - theirs).abs()
+            if name in op.AFFINE_OPS:       # Pillow neither blends with the fill nor rounds alike
+                assert wrong.median() <= 1 and (wrong > 2).float().mean() < 0.06
+            else:
+                assert wrong.max() <= 1 and wrong.mean() < 0.1
+
+
+def test_each_sample_gets_its_own_operation():
+    x = photograph(32).float().expand(len(op.OPS) + 1, -1, -1, -1)
+    which, level, sign = torch.arange(16), torch.full((16,), 9.0), torch.ones(16)
+    together = op.apply_op(x, which, level, sign)
+    for k in range(15):
+        alone = op.apply_op(x[:1], which[k:k + 1], level[:1], sign[:1])
+        assert (together[k] - alone[0]).abs().max() <= 1        # a product of another shape rounds
+        assert (together[k] != x[k]).any()
+    assert (together[15] == x[15]).all()                        # 15: no operation
+
+
+def test_randaugment_draws_two_of_fifteen_with_probability_half(monkeypatch):
+    calls = []
+    monkeypatch.setattr(op, "apply_op", lambda x, o, m, s: calls.append((o, m, s)) or x)
+    augment = op.Augment(8, 2, **{**OFF, "randaug": True}, generator=seeded(0))
+    augment(torch.zeros(30_000, 8, 8, dtype=torch.uint8), torch.zeros(30_000, dtype=torch.long))
+    assert len(calls) == 2
+    for which, magnitude, sign in calls:
+        share = torch.bincount(which, minlength=16) / 30_000
+        assert abs(share[15] - 0.5) < 0.015 and (share[:15] - 1 / 30).abs().max() < 0.006
+        assert abs(magnitude.mean() - 9) < 0.03 and 0.45 < magnitude.std() < 0.5
+        assert magnitude.max() == 10 and abs(sign.mean()) < 0.03
+    assert abs(((calls[0][0] < 15) & (calls[1][0] < 15)).float().mean() - 0.25) < 0.015
+
+
+def test_color_jitter_agrees_with_torchvision():
+    x = photograph(32).float()[None]
+    for factor in (0.6, 1.0, 1.37):
+        f = torch.tensor([factor])
+        for k, adjust in enumerate((T.adjust_brightness, T.adjust_saturation, T.adjust_contrast)):
+            ours = op.blend(x, torch.tensor([k]), f)[0]
+            assert (ours - adjust(x[0].to(torch.uint8), factor).float()).abs().max() <= 1.01
+    augment = op.Augment(32, 2, **{**OFF, "jitter": 0.4}, generator=seeded(0), mean=(0,) * 3, std=(1,) * 3)
+    out = augment(torch.full((4000, 8, 8), 100, dtype=torch.uint8), torch.zeros(4000, dtype=torch.long))[0]
+    level = out.mean((1, 2, 3)) * 255                           # flat grey: only brightness shows
+    assert 59 <= level.min() < 62 and 138 < level.max() <= 140
+
+
+def test_random_erasing_replaces_a_box_by_noise():
+    augment = op.Augment(32, 2, **{**OFF, "erase": 0.5}, generator=seeded(0))
+    out = augment(torch.zeros(2000, 32, 32, dtype=torch.uint8), torch.zeros(2000, dtype=torch.long))[0]
+    changed = (out != -1).any(1)                                # black is -1 after normalisation
+    erased = changed.flatten(1).any(1)
+    assert abs(erased.float().mean() - 0.5) < 0.04
+    area = changed[erased].float().mean((1, 2))
+    assert 0.015 < area.min() and area.max() < 0.36 and abs(area.mean() - 0.176) < 0.015
+    rows, columns = changed[erased].any(2).sum(1), changed[erased].any(1).sum(1)
+    assert (rows * columns == changed[erased].sum((1, 2))).all()                # a box
+    noise = out.permute(0, 2, 3, 1)[changed]
+    assert abs(noise.mean()) < 0.02 and abs(noise.std() - 1) < 0.02
+
+
+@pytest.mark.parametrize("mixup, cutmix", [(0.8, 0.0), (0.0, 1.0), (0.8, 1.0)])
+def test_mix_weighs_images_and_targets_alike(mixup, cutmix):
+    augment = op.Augment(16, 4, **{**OFF, "mixup": mixup, "cutmix": cutmix, "smoothing": 0.1},
+                         mean=(0,) * 3, std=(1,) * 3)
+    images = torch.zeros(2, 16, 16, dtype=torch.uint8)
+    images[0] = 255                                             # white is class 0, black class 3
+    lams, boxes = [], 0
+    for seed in range(300):
+        augment.generator = seeded(seed)
+        x, target = augment(images, torch.tensor([0, 3]))
+        lam = x[0].mean()
+        expected = 0.9 * (lam * torch.eye(4)[0] + (1 - lam) * torch.eye(4)[3]) + 0.025
+        assert torch.allclose(target[0], expected, atol=1e-5) and torch.allclose(target.sum(1), torch.ones(2))
+        assert torch.allclose(x[0] + x[1], torch.ones(3, 16, 16), atol=1e-5)
+        boxes += set(x.unique().tolist()) <= {0.0, 1.0}
+        lams.append(lam.item())
+    assert abs(np.mean(lams) - 0.5) < 0.08 if not cutmix else np.mean(lams) > 0.45
+    assert {(0.8, 0.0): boxes <= 3, (0.0, 1.0): boxes == 300, (0.8, 1.0): 110 < boxes < 190}[mixup, cutmix]
+
+
+def test_mixup_lambda_is_beta():
+    augment = op.Augment(8, 2, **{**OFF, "mixup": 0.8}, mean=(0,) * 3, std=(1,) * 3, generator=seeded(0))
+    images = torch.tensor([255, 0], dtype=torch.uint8).view(2, 1, 1).expand(2, 8, 8)
+    lams = np.array([augment(images, torch.tensor([0, 1]))[1][0, 0].item() for _ in range(3000)])
+    reference = np.random.default_rng(0).beta(0.8, 0.8, 100_000)
+    for q in (0.05, 0.25, 0.5, 0.75, 0.95):
+        assert abs(np.quantile(lams, q) - np.quantile(reference, q)) < 0.03
+
+
+def test_everything_off_resizes_and_normalises():
+    image = photograph(48)[None]
+    x, target = op.Augment(32, 3, **OFF, mean=(0.4, 0.5, 0.6), std=(0.2, 0.3, 0.4))(image, torch.tensor([2]))
+    theirs = T.normalize(T.resize(image, 32, T.InterpolationMode.BICUBIC, antialias=True)[0] / 255,
+                         (0.4, 0.5, 0.6), (0.2, 0.3, 0.4))
+    assert (x[0] - theirs).abs().max() < 2 / 255 / 0.2 and target.tolist() == [[0, 0, 1]]
+
+
+@pytest.mark.parametrize("switch", ["randaug", "crop", "aspect", "erase", "mixup", "cutmix", "flip", "jitter"])
+def test_table_9_flag_switches_one_thing_off(switch):
+    arguments = ["pretrain", "--recipe", "paper", "--img-size", "32", "--patch-size", "4"]
+    if switch == "jitter":
+        arguments += ["--no-randaug"]
+    on, off = (op.make_parser().parse_args(a) for a in (arguments, arguments + [f"--no-{switch}"]))
+    fields = []
+    for args in (on, off):
+        op.resolve(args)
+        fields.append(vars(op.make_augment(args, 10, op.HALF, op.HALF, True)))
+    changed = {k for k in fields[0] if fields[0][k] != fields[1][k]}
+    # with RandAugment on, jitter is ignored (as in timm), so switching RandAugment off brings it back
+    assert changed == {"aspect": {"ratio"}, "randaug": {"randaug", "jitter"}}.get(switch, {switch})
+
+
+# -------------------------------------------------------------------------------------------- 6 ViT
+
+def test_vit_agrees_with_torch_encoder_layers():
+    torch.manual_seed(0)
+    model = op.ViT(32, 8, 10, 48, 3, 4).eval()
+    for p in model.parameters():
+        nn.init.normal_(p, std=0.2)
+    x = torch.randn(5, 3, 32, 32)
+    patches = F.unfold(x, 8, stride=8).transpose(1, 2)          # an independent patch embedding
+    z = patches @ model.patch_embed.proj.weight.flatten(1).T + model.patch_embed.proj.bias
+    z = torch.cat([model.cls_token.expand(5, -1, -1), z], 1) + model.pos_embed
+    for block in model.blocks:
+        layer = nn.TransformerEncoderLayer(48, 4, 192, 0.0, "gelu", 1e-6, True, norm_first=True).eval()
+        layer.load_state_dict({
+            "self_attn.in_proj_weight": block.attn.qkv.weight, "self_attn.in_proj_bias": block.attn.qkv.bias,
+            "self_attn.out_proj.weight": block.attn.proj.weight, "self_attn.out_proj.bias": block.attn.proj.bias,
+            "linear1.weight": block.mlp.fc1.weight, "linear1.bias": block.mlp.fc1.bias,
+            "linear2.weight": block.mlp.fc2.weight, "linear2.bias": block.mlp.fc2.bias,
+            "norm1.weight": block.norm1.weight, "norm1.bias": block.norm1.bias,
+            "norm2.weight": block.norm2.weight, "norm2.bias": block.norm2.bias})
+        z = layer(z)
+    z = F.layer_norm(z, (48,), model.norm.weight, model.norm.bias, 1e-6)[:, 0]
+    theirs = z @ model.head.weight.T + model.head.bias
+    ours = model(x)
+    assert ours.std() > 0.1 and (ours - theirs).abs().max() < 1e-4 * theirs.abs().max()
+
+
+def test_vit_tiny_has_the_parameters_of_timm():
+    model = op.ViT()
+    assert sum(p.numel() for p in model.parameters()) == 5_717_416      # timm's vit_tiny_patch16_224
+    names = set(model.state_dict())
+    block = {f"blocks.11.{n}.{k}" for n in ("norm1", "attn.qkv", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2")
+             for k in ("weight", "bias")}
+    assert block <= names and names - {n for n in names if n.startswith("blocks")} == {
+        "cls_token", "pos_embed", "patch_embed.proj.weight", "patch_embed.proj.bias", "norm.weight",
+        "norm.bias", "head.weight", "head.bias"}
+    for name, millions in (("vit_small", 22.05), ("vit_base", 86.57)):
+        with torch.device("meta"):
+            dim, depth, heads = op.MODELS[name]
+            big = op.ViT(dim=dim, depth=depth, heads=heads)
+        assert round(sum(p.numel() for p in big.parameters()) / 1e6, 2) == millions
+
+
+def test_position_embeddings_follow_the_image_size():
+    grid = torch.linspace(0, 1, 8).view(1, 8, 1, 1).expand(1, 8, 8, 4).reshape(1, 64, 4)
+    pos = torch.cat([torch.full((1, 1, 4), 7.0), grid], 1)
+    big = op.resize_pos_embed(pos, 1 + 16 * 16)
+    assert big.shape == (1, 257, 4) and (big[:, 0] == 7).all()
+    column = big[0, 1:].view(16, 16, 4)[:, 3, 0]
+    assert (column.diff() > 0).all() and abs(column.mean() - 0.5) < 1e-3
+    assert op.resize_pos_embed(pos, 65) is pos
+
+
+def test_drop_path_drops_whole_samples_and_keeps_the_mean():
+    block = op.Block(8, 2, 0.25).train()
+    torch.manual_seed(0)
+    out = block.drop(torch.ones(20_000, 3, 8))
+    assert sorted(out.unique().tolist()) == pytest.approx([0, 4 / 3]) and abs(out.mean() - 1) < 0.02
+    assert (out.flatten(1).std(1) == 0).all()
+    assert (block.eval().drop(torch.ones(5, 3, 8)) == 1).all()
+    rates = [b.drop_path for b in op.ViT(32, 8, 5, 16, 5, 2, 0.2).blocks]
+    assert rates == pytest.approx([0, 0.05, 0.1, 0.15, 0.2])
+
+
+# ------------------------------------------------------------------------------- 7 data, 8 training
+
+def test_batches_visit_every_image_once_an_epoch_and_ranks_share_them():
+    n, batch = 23, 8
+    stream = torch.cat([op.batch_indices(n, batch, step, 0) for step in range(23)])     # 8 epochs
+    for epoch in range(8):
+        assert sorted(stream[epoch * n:(epoch + 1) * n].tolist()) == list(range(n))
+    assert (stream[:n] != stream[n:2 * n]).any()
+    assert (op.batch_indices(n, batch, 0, 1) != stream[:batch]).any()
+    assert len(op.batch_indices(5, 32, 3, 0)) == 32             # a batch may hold several epochs
+
+
+def test_balanced_subset_is_fixed_balanced_and_holds_out_training_images():
+    labels = torch.arange(1000) % 7
+    train, held = op.balanced_subset(labels, 40, 0.25)
+    assert torch.bincount(labels[train]).tolist() == [30] * 7 and torch.bincount(labels[held]).tolist() == [10] * 7
+    assert not set(train.tolist()) & set(held.tolist())
+    again, none = op.balanced_subset(labels, 40)
+    assert len(none) == 0 and set(again.tolist()) == set(train.tolist()) | set(held.tolist())
+    assert set(op.balanced_subset(labels, 20)[0].tolist()) <= set(again.tolist())
+    with pytest.raises(op.InputError, match="--train-per-class 200"):
+        op.balanced_subset(labels, 200)
+
+
+def test_schedule_and_weight_decay():
+    rates = [op.learning_rate(s, 100, 10, 0.5) for s in range(100)]
+    assert rates[0] == pytest.approx(0.05) and rates[9] == rates[10] == 0.5
+    assert rates[55] == pytest.approx(0.25) and 0 < rates[99] < 0.001
+    assert all(a >= b for a, b in zip(rates[10:], rates[11:]))
+    model = op.ViT(16, 8, 5, 16, 1, 2)
+    names = {id(p): n for n, p in model.named_parameters()}
+    for kind in ("adamw", "sgd"):
+        decay, rest = op.make_optimizer(model, kind, 0.1, 0.05).param_groups
+        assert decay["weight_decay"] == 0.05 and rest["weight_decay"] == 0
+        assert {names[id(p)] for p in decay["params"]} == {
+            "patch_embed.proj.weight", "head.weight", *(f"blocks.0.{n}.weight" for n in
+                                                        ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"))}
+
+
+def test_small_and_streamed_sets_give_the_same_batches(image_folder, monkeypatch):
+    dataset, _ = op.open_datasets("folder", image_folder)
+    chosen = torch.arange(len(dataset))
+    small = op.Images(dataset, chosen, 16, torch.device("cpu"), 0)
+    monkeypatch.setattr(op, "ON_DEVICE_BYTES", 0)
+    large = op.Images(dataset, chosen, 16, torch.device("cpu"), 1)
+    assert small.images is not None and large.images is None
+    order = [torch.tensor([3, 1, 2]), torch.tensor([0, 5])]
+    for (a, b), (c, d) in zip(small.batches(order), large.batches(order), strict=True):
+        assert a.dtype == torch.uint8 and (a == c).all() and (b == d).all()
+
+
+# ---------------------------------------------------------------------------------------- 9 commands
+
+@pytest.fixture(scope="session")
+def image_folder(tmp_path_factory):
+    """Two kinds of stripes as 16x16 PNGs: train/ with 2 x 40, test/ with 2 x 10."""
+    root, rng = tmp_path_factory.mktemp("stripes"), np.random.default_rng(0)
+    for part, n in (("train", 40), ("test", 10)):
+        for label in (0, 1):
+            folder = root / part / ("across", "down")[label]
+            folder.mkdir(parents=True)
+            for i in range(n):
+                wave = 127 + 100 * np.sin(np.arange(16) * rng.uniform(1, 2) + rng.uniform(0, 6))
+                image = np.tile(wave, (16, 1)) if label else np.tile(wave[:, None], (1, 16))
+                image = (image + rng.normal(0, 10, (16, 16))).clip(0, 255).astype(np.uint8)
+                Image.fromarray(image).save(folder / f"{i}.png")
+    return root
+
+
+TINY = ["--device", "cpu", "--recipe", "nano", "--img-size", "16", "--precision", "fp32"]
+
+
+def run(*arguments, cwd=None):
+    return subprocess.run([sys.executable, str(SCRIPT), *map(str, arguments)], capture_output=True,
+                          text=True, cwd=cwd, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=120)
+
+
+@pytest.fixture(scope="session")
+def pretrained(tmp_path_factory):
+    """A short real pre-training, run as a user runs it."""
+    out = tmp_path_factory.mktemp("runs") / "pretrain"
+    done = run("pretrain", "--delta", 0.1, "--sigma", 3.5, "--L", 8, "--steps", 120, "--batch-size", 64,
+               "--canvas", 32, "--points", 2000, "--warmup", 0.1, "--log-every", 20, *TINY, "--out", out)
+    assert done.returncode == 0, done.stderr
+    return out, done.stdout
+
+
+def test_pretraining_learns_and_its_folder_explains_itself(pretrained):
+    out, printed = pretrained
+    assert "images/s" in printed and "left" in printed and "0.001" in printed and "120 steps of 64" in printed
+    log = [json.loads(line) for line in open(out / "log.jsonl")]
+    assert log[-1]["loss"] < 0.75 * math.log(8) and log[-1]["images"] == 120 * 64
+    args = json.loads((out / "args.json").read_text())
+    assert args["delta"] == 0.1 and args["L"] == 8 and args["lr"] == 1e-3
+    fractal = json.loads((out / "fractal.json").read_text())
+    base, eps = torch.tensor(fractal["base"]), torch.tensor(fractal["eps"])
+    assert (base == op.base_ifs(2, 3.5, args["fractal_seed"])).all()
+    assert eps.shape == (8, 2, 2, 3) and eps.abs().max() <= 0.05 + 1e-6
+    assert Image.open(out / "samples.png").size[0] > 100 and Image.open(out / "curve.png").size[0] > 100
+    saved = torch.load(out / "last.pt", weights_only=True)
+    assert saved["step"] == 120 and saved["model"]["head.weight"].shape[0] == 8
+
+
+def test_finetuning_from_a_checkpoint(pretrained, image_folder, tmp_path):
+    done = run("finetune", "--ckpt", pretrained[0] / "last.pt", "--data", "folder", "--root", image_folder,
+               "--epochs", 12, "--eval-epochs", 6, "--batch-size", 8, "--lr", 2e-3, "--workers", 0, *TINY,
+               "--out", tmp_path / "ft")
+    assert done.returncode == 0, done.stderr
+    log = [json.loads(line) for line in open(tmp_path / "ft" / "log.jsonl")]
+    tests = [r for r in log if "test_top1" in r]
+    assert len(tests) == 2 and tests[-1]["test_top1"] >= 90 and tests[-1]["test_top5"] == 100
+    assert tests[-1]["best_top1"] == max(r["test_top1"] for r in tests)
+    assert "test top-1" in done.stdout and "best top-1" in done.stdout
+
+
+def test_render_writes_a_folder_that_trains(tmp_path):
+    done = run("render", "--L", 12, "--canvas", 32, "--points", 2000, "--device", "cpu", "--out", tmp_path / "x")
+    assert done.returncode == 0, done.stderr
+    from torchvision.datasets import ImageFolder
+    dataset = ImageFolder(tmp_path / "x")
+    assert len(dataset) == 12 and [c for _, c in dataset.samples] == list(range(12))
+    base, fractal = op.base_ifs(2, 3.5, 32), json.loads((tmp_path / "x.json").read_text())
+    maps = base + torch.tensor(fractal["eps"])
+    drawn = op.ifs_coverage(maps, 32, 2000, "fill", base[:, :, :2].det().abs(), seeded(op.seed_for(0, "eps")))
+    assert all((np.array(dataset[i][0])[..., 0] == drawn[i].numpy() * 127).all() for i in range(12))
+
+
+def test_show_draws_the_figures(tmp_path):
+    done = run("show", "--canvas", 32, "--points", 1000, "--device", "cpu", "--out", tmp_path)
+    assert done.returncode == 0, done.stderr
+    for name in ("fig2b.png", "fig2c.png"):
+        assert np.array(Image.open(tmp_path / name).convert("L")).std() > 20
+
+
+def test_resumed_run_is_bit_identical(tmp_path, monkeypatch):
+    arguments = ["pretrain", "--L", "8", "--steps", "6", "--batch-size", "16", "--canvas", "32", "--points",
+                 "1000", "--log-every", "1", "--save-every", "3", "--fresh-texture",
+                 "--texture", "random", "--randaug", "--mixup", "--erase", "--drop-path", "0.1", *TINY]
+    assert op.main([*arguments, "--out", str(tmp_path / "a")]) == 0
+    save = op.save_checkpoint
+
+    def save_and_die(path, **content):
+        save(path, **content)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(op, "save_checkpoint", save_and_die)
+    with pytest.raises(KeyboardInterrupt):
+        op.main([*arguments, "--out", str(tmp_path / "b")])
+    monkeypatch.undo()
+    assert torch.load(tmp_path / "b" / "last.pt", weights_only=True)["step"] == 3
+    assert op.main([*arguments, "--out", str(tmp_path / "b"), "--resume"]) == 0
+    a, b = (torch.load(tmp_path / d / "last.pt", weights_only=True) for d in "ab")
+    assert all((a["model"][k] == b["model"][k]).all() for k in a["model"])
+    logs = [[json.loads(line) for line in open(tmp_path / d / "log.jsonl")] for d in "ab"]
+    assert [[r["loss"] for r in log] for log in logs][0] == [r["loss"] for r in logs[1]]
+
+
+def test_two_processes_train_as_one_model(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0",
+         "--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0", str(SCRIPT), "pretrain", "--L", "8", "--steps",
+         "4", "--batch-size", "16", "--canvas", "32", "--points", "1000", "--log-every", "1",
+         *TINY, "--out", str(tmp_path / "two")], capture_output=True, text=True, timeout=170,
+        env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr[-2000:]
+    log = [json.loads(line) for line in open(tmp_path / "two" / "log.jsonl")]
+    assert [r["step"] for r in log] == [1, 2, 3, 4] and log[0]["loss"] == pytest.approx(math.log(8), abs=1e-5)
+    assert "x2" in done.stdout and done.stdout.count("step 4/4") == 1
+
+
+def test_checkpoints_of_timm_and_of_the_authors_load(tmp_path):
+    torch.manual_seed(3)
+    donor = op.ViT(32, 4, 1000, 96, 6, 3)
+    nn.init.normal_(donor.head.weight)
+    for content in (donor.state_dict(), {"model": donor.state_dict(), "epoch": 5},
+                    {"model": {f"module.{k}": v for k, v in donor.state_dict().items()}}):
+        torch.save(content, tmp_path / "weights.pt")
+        state = op.load_checkpoint(tmp_path / "weights.pt")["model"]
+        same, other = op.ViT(32, 4, 1000, 96, 6, 3), op.ViT(16, 4, 10, 96, 6, 3)
+        for model in (same, other):
+            op.load_weights(model, state, "weights.pt")
+            assert (model.blocks[3].mlp.fc1.weight == donor.blocks[3].mlp.fc1.weight).all()
+        assert (same.head.weight == donor.head.weight).all() and (other.head.weight == 0).all()
+        assert other.pos_embed.shape == (1, 17, 96)
+
+
+PRE, FINE = ["pretrain"], ["finetune", "--data", "folder", "--root", "{folder}", "--workers", "0"]
+
+
+@pytest.mark.parametrize("arguments, named", [
+    ([*PRE, "--delta", "-0.1"], "--delta"), ([*PRE, "--delta", "many"], "--delta"),
+    ([*PRE, "--delta", "nan"], "--delta"), ([*PRE, "--delta", "1000"], "--delta"),
+    ([*PRE, "--sigma", "0"], "--sigma"), ([*PRE, "--sigma", "6.5"], "--sigma"),
+    ([*PRE, "--L", "1"], "--L"), ([*PRE, "--steps", "0"], "--steps"), ([*PRE, "--lr", "inf"], "--lr"),
+    ([*PRE, "--canvas", "2"], "--canvas"), ([*PRE, "--points", "0"], "--points"),
+    ([*PRE, "--img-size", "30"], "--patch-size"), ([*PRE, "--num-maps", "1"], "--num-maps"),
+    ([*PRE, "--crop-scale", "0.9", "0.2"], "--crop-scale"), ([*PRE, "--warmup", "1"], "--warmup"),
+    ([*PRE, "--device", "cuda"], "--device"), ([*PRE, "--resume"], "--resume"),
+    ([*PRE, "--noise", "loud"], "--noise"), ([*PRE, "--nonsense"], "--nonsense"), (["train"], "COMMAND"),
+    ([*FINE, "--ckpt", "{tmp}/none.pt"], "--ckpt"), ([*FINE, "--ckpt", "{tmp}/broken.pt"], "--ckpt"),
+    ([*FINE, "--ckpt", "{tmp}/code.pt"], "--ckpt"), ([*FINE, "--ckpt", "{tmp}/shapes.pt"], "--ckpt"),
+    ([*FINE, "--data", "imagenet22k"], "--data"), ([*FINE, "--root", "{tmp}/nowhere"], "--root"),
+    ([*FINE, "--root", "{tmp}/empty"], "--root"), ([*FINE, "--root", "{tmp}/unreadable"], "--root"),
+    ([*FINE, "--train-per-class", "41"], "--train-per-class"),
+    (["finetune", "--data", "cifar100", "--root", "{tmp}/dl"], "--data"),
+], ids=lambda v: " ".join(v) if isinstance(v, list) else None)
+def test_bad_input_gets_one_line_and_status_2(arguments, named, image_folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    (tmp_path / "broken.pt").write_bytes(b"PK\x03\x04 not a checkpoint")
+    torch.save({"model": print}, tmp_path / "code.pt")
+    torch.save(op.ViT(32, 4, 9, 48, 2, 2).state_dict(), tmp_path / "shapes.pt")
+    for part in ("train", "test"):
+        (tmp_path / "empty" / part).mkdir(parents=True)
+        for name in "ab":
+            folder = tmp_path / "unreadable" / part / name
+            folder.mkdir(parents=True)
+            Image.new("RGB", (16, 16)).save(folder / "1.png")
+            (folder / "2.png").write_bytes((folder / "1.png").read_bytes()[:50])
+
+    def no_network(*a, **k):
+        raise OSError("[Errno -3] Temporary failure in name resolution")
+    monkeypatch.setattr("urllib.request.urlopen", no_network)
+
+    arguments = [a.format(folder=image_folder, tmp=tmp_path) for a in arguments]
+    before = set(tmp_path.rglob("*"))
+    try:
+        status = op.main([*arguments, "--device", "cpu", "--out", str(tmp_path / "run")]
+                         if "--device" not in arguments else [*arguments, "--out", str(tmp_path / "run")])
+    except SystemExit as stop:
+        status = stop.code
+    captured = capsys.readouterr()
+    assert status == 2 and named in captured.err
+    assert captured.err.startswith("onepfrac: ") and captured.err.count("\n") == 1
+    assert not (tmp_path / "run" / "last.pt").exists() and before <= set(tmp_path.rglob("*"))
+
+
+def test_a_finished_run_is_not_overwritten(pretrained, capsys):
+    before = (pretrained[0] / "last.pt").read_bytes()
+    assert op.main([*PRE, "--device", "cpu", "--out", str(pretrained[0])]) == 2
+    assert "--out" in capsys.readouterr().err and (pretrained[0] / "last.pt").read_bytes() == before
+
+
+def test_recipes_name_only_flags_and_any_flag_overrides_them():
+    for recipe in op.RECIPES:
+        for command in ("pretrain", "finetune", "render"):
+            args = op.make_parser().parse_args([command, "--recipe", recipe, "--device", "cpu"])
+            op.resolve(args)
+            assert not [k for k, v in vars(args).items() if v is None and k != "ckpt"
+                        and k != "train_per_class"]
+    for table in op.RECIPES.values():
+        for command in ("pretrain", "finetune"):
+            known = vars(op.make_parser().parse_args([command]))
+            assert set(table[command]) <= set(known)
+    args = op.make_parser().parse_args(["pretrain", "--recipe", "nano", "--lr", "0.5", "--no-crop"])
+    op.resolve(args)
+    assert args.lr == 0.5 and args.crop is False
+
+
+def test_import_does_nothing():
+    code = ("import sys, torch; state = torch.get_rng_state().clone(); import onepfrac; "
+            "assert (torch.get_rng_state() == state).all(); "
+            "assert 'torchvision' not in sys.modules and 'matplotlib' not in sys.modules")
+    done = subprocess.run([sys.executable, "-c", code], cwd=SCRIPT.parent, capture_output=True, text=True)
+    assert done.returncode == 0 and not done.stdout + done.stderr
