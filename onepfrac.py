@@ -132,9 +132,9 @@ def sample_ifs(num_maps, sigma, generator=None):
 # 2 · Renderer: the chaos game, a canvas, 3x3 stamps
 #
 # v_{t+1} = w_{sigma_t}(v_t) from v_0 = (0, 0), with P(sigma_t = j) = p_j proportional to |det A_j|.
-# One orbit is a long chain of tiny steps. Here many short orbits run side by side for many images
-# at once: the points that a map takes are put next to one another, so that the map is one small
-# matrix product for the whole block and nothing is looked up point by point.
+# One orbit is a long chain of tiny steps, so here a thousand short orbits run side by side. All
+# images share the sequence, so an orbit needs the same map j of every image: with the images along
+# the last axis, that is one contiguous row, and a step is one copy of rows and two products.
 # ==================================================================================================
 
 ORBIT = 100      # plotted steps of each orbit
@@ -144,60 +144,64 @@ POINTS_IN_FLIGHT = 3_000_000    # images are rendered in groups that hold this m
 
 
 def map_sequence(probs, points, generator=None):
-    """The random choices sigma of the chaos game, shared by all images: a list of (order, counts).
+    """The random choices sigma of the chaos game, shared by all images: (steps, K) map indices.
 
-    At each step the orbits are reordered by `order` (K,), the first counts[0] take map 0, and so
-    on. A random order with multinomial counts is the same as K independent draws from probs (N,).
+    K orbits of BURN_IN + ORBIT steps give at least `points` points to plot. probs: (N,).
     """
-    orbits = -(-points // ORBIT)
-    draws = torch.multinomial(probs.double().cpu(), (BURN_IN + ORBIT) * orbits, replacement=True,
-                              generator=generator).view(-1, orbits)
-    return [(d.argsort(stable=True), torch.bincount(d, minlength=len(probs)).tolist())
-            for d in draws]
+    orbits, steps = -(-points // ORBIT), BURN_IN + ORBIT
+    draws = torch.multinomial(probs.double().cpu(), steps * orbits, True, generator=generator)
+    return draws.view(steps, orbits)
 
 
-def chaos_game(maps, sequence):
-    """Orbits of B systems at once: maps (B, N, 2, 3), a `map_sequence` -> points (T/K, B, 2, K)."""
-    A, t = maps[..., :2], maps[..., 2:]                             # (B, N, 2, 2), (B, N, 2, 1)
-    v = maps.new_zeros(len(maps), 2, len(sequence[0][0]))
-    orbits = maps.new_empty(len(sequence) - BURN_IN, *v.shape)
-    for step, (order, counts) in enumerate(sequence):
-        blocks = v.index_select(2, order.to(v.device)).split(counts, dim=2)
-        v = v if step < BURN_IN else orbits[step - BURN_IN]
-        torch.cat([torch.baddbmm(t[:, j], A[:, j], block) for j, block in enumerate(blocks)], 2,
-                  out=v)
-    return orbits
+def chaos_game(maps, sequence, out=None):
+    """Orbits of B systems at once: maps (B, N, 2, 3), sequence (steps, K) -> points (T, 2, K, B).
+
+    `out` is memory to write the points into; fresh memory for each group would cost a sixth more.
+    """
+    (steps, K), B = sequence.shape, len(maps)
+    if out is None or out.shape != (steps - BURN_IN, 2, K, B):
+        out = maps.new_empty(steps - BURN_IN, 2, K, B)
+    numbers = maps.permute(2, 3, 1, 0).flatten(0, 1).contiguous()   # (6, N, B)
+    x, y = maps.new_zeros(2, K, B)
+    for step, j in enumerate(sequence.to(maps.device)):
+        a, b, e, c, d, f = (number.index_select(0, j) for number in numbers)    # (K, B) each
+        place = out[step - BURN_IN] if step >= BURN_IN else torch.empty_like(out[0])
+        x, y = (torch.addcmul(e, a, x, out=place[0]).addcmul_(b, y),
+                torch.addcmul(f, c, x, out=place[1]).addcmul_(d, y))
+    return out
 
 
-def rasterize(orbits, size, expands):
-    """Points (T/K, B, 2, K) -> which pixels they hit (B, size, size) uint8 0/1, y upwards.
+def rasterize(points, size, expands):
+    """Points (T, 2, K, B) -> which pixels they hit (B, size, size) uint8 0/1, y upwards.
 
     The bounding box is stretched to fill the canvas but for a margin of 6 pixels in 512. A system
     with a map that expands (B,) may throw a few points far out: its box follows the central 98% of
     the points where the full one is over twice as large, and what lies outside is not drawn.
     """
-    B, cells = orbits.shape[1], size * size + 1                     # one spare cell, see below
-    low, high = orbits.amin((0, 3)), orbits.amax((0, 3))            # (B, 2), NaN if any point is
-    few = orbits[:, :, :, ::max(1, orbits.shape[3] // 20)]          # enough for two quantiles
-    few = few.permute(1, 2, 0, 3).flatten(2).nan_to_num(1e30, 1e30, -1e30)
-    core = torch.quantile(few, few.new_tensor([0.01, 0.99]), dim=2)            # (2, B, 2)
-    wild = expands[:, None] & ~(high - low <= 2 * (core[1] - core[0]))      # true for NaN, too
-    low, high = torch.where(wild, core[0], low), torch.where(wild, core[1], high)
+    K, B = points.shape[2:]
+    low, high = points.amin(0).amin(1), points.amax(0).amax(1)      # (2, B), NaN if a point is
+    wild = expands.new_zeros(B)
+    if expands.any():
+        some = points[:, :, ::max(1, K // 20)]                      # enough for two quantiles
+        some = some.permute(1, 3, 0, 2).flatten(2).nan_to_num(1e30, 1e30, -1e30)
+        core = torch.quantile(some, some.new_tensor([0.01, 0.99]), dim=2)       # (2, 2, B)
+        wild = expands & ~(high - low <= 2 * (core[1] - core[0]))   # true for NaN as well
+        low, high = torch.where(wild, core[0], low), torch.where(wild, core[1], high)
 
-    margin = max(1, 6 * size // 512)
+    margin, canvas = max(1, 6 * size // 512), size * size
     scale = (size - 1 - 2 * margin) / (high - low).clamp(min=1e-6)
-    scale = scale * scale.new_tensor([1, -1])                       # image rows grow downwards
-    start = margin + 0.5 - torch.stack([low[:, 0], high[:, 1]], 1) * scale
-    pixel = torch.addcmul(start[..., None], orbits, scale[..., None]).floor_()
-    x, y = pixel.unbind(2)                                          # (T/K, B, K)
-    cell = torch.add(x, y, alpha=size)
-    if wild.any():                                                  # the spare cell takes the rest
-        inside = (x >= 0) & (x < size) & (y >= 0) & (y < size)
-        cell = cell.where(inside, cells - 1)
-    image = torch.arange(B, device=orbits.device)[:, None] * cells
-    hits = torch.zeros(B * cells, dtype=torch.uint8, device=orbits.device)
-    hits[cell.add_(image).long().view(-1)] = 1                      # float32 is exact below 2^24
-    return hits.view(B, cells)[:, :-1].reshape(B, size, size)
+    scale = scale * scale.new_tensor([[1], [-1]])                   # image rows grow downwards
+    start = margin + 0.5 - torch.stack([low[0], high[1]]) * scale
+    image = torch.arange(B, device=points.device) * canvas
+    hits = torch.zeros(B * canvas + 1, dtype=torch.uint8, device=points.device)
+    for some in points.split(10):                                   # pieces that stay in the cache
+        pixel = torch.addcmul(start[:, None], some, scale[:, None]).floor_()
+        cell = torch.add(pixel[:, 0], pixel[:, 1], alpha=size).long().add_(image)
+        if wild.any():
+            inside = ((some >= low[:, None]) & (some <= high[:, None])).all(1)
+            cell.masked_fill_(~inside, B * canvas)                  # a spare cell behind the last
+        hits[cell.view(-1)] = 1
+    return hits[:-1].view(B, size, size)
 
 
 def dilate(hits):
@@ -215,10 +219,17 @@ def stamp(coverage, texture, generator=None):
     so the picture is the covered area times independent coin flips, and a fresh texture for an
     image that is kept on the device costs one random mask.
     """
-    if texture == "random":
-        coin = torch.rand(coverage.shape, generator=generator, device=coverage.device)
-        coverage = coverage * (coin < 256 / 511)
-    return coverage * GREY
+    if texture != "random":
+        return coverage * GREY
+    # Eight coins from each random byte: 1/2 for 256/511, and an eighth of the random numbers.
+    images = torch.empty_like(coverage)
+    bit = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8, device=images.device)
+    for image, some in zip(images.split(16), coverage.split(16)):   # pieces that stay in the cache
+        draw = torch.empty(some.numel() // 64 + 1, dtype=torch.int64, device=images.device)
+        draw = draw.random_(-2 ** 63, None, generator=generator).view(torch.uint8)
+        coin = (draw & bit[:, None]).view(-1)[:some.numel()].view_as(some)
+        torch.mul(some, (coin != 0).view(torch.uint8), out=image).mul_(GREY)
+    return images
 
 
 def ifs_coverage(maps, size, points, texture, probs=None, generator=None):
@@ -231,11 +242,13 @@ def ifs_coverage(maps, size, points, texture, probs=None, generator=None):
         probs = maps[..., :2].det().abs().mean(0)
     sequence = map_sequence(probs.clamp(min=1e-9), points, generator)
     coverage = torch.empty(len(maps), size, size, dtype=torch.uint8, device=maps.device)
-    group = max(1, min(POINTS_IN_FLIGHT // points, 2 ** 24 // (size * size + 1)))
+    points_buffer = None
+    group = max(1, POINTS_IN_FLIGHT // max(points, size * size))
     for first in range(0, len(maps), group):
         some = maps[first:first + group]
         expands = (torch.linalg.svdvals(some[..., :2]) > 1).any(2).any(1)
-        hits = rasterize(chaos_game(some, sequence), size, expands)
+        points_buffer = chaos_game(some, sequence, points_buffer)
+        hits = rasterize(points_buffer, size, expands)
         coverage[first:first + group] = hits if texture == "point" else dilate(hits)
     return coverage
 
