@@ -16,7 +16,6 @@ and the LPCE loss, 5 augmentation, 6 the ViT, 7 downstream data, 8 training, 9 c
 Sections 1, 2, 3, 5 and 6 need torch alone and nothing from one another, so each can be copied.
 """
 import argparse
-import contextlib
 import functools
 import json
 import math
@@ -25,54 +24,50 @@ import sys
 import time
 import zlib
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-# Literal numbers of the three scales. `paper` is the paper's; `small` is for one GPU and minutes;
-# `nano` for two CPU cores and minutes. Any flag overrides its number.
+# Literal numbers of the three scales; any flag overrides its number. `augment` names the switches of
+# Table 9 that are on; warm-up is a fraction of the steps; every other name is a flag.
 RECIPES = {
-    "nano": {
-        "model": "vit_nano", "img_size": 32, "patch_size": 4, "drop_path": 0.0,
-        "pretrain": dict(
-            L=64, canvas=64, points=20_000, texture="fill", steps=3750, batch_size=128, lr=1e-3,
-            weight_decay=0.05, warmup=0.05, optimizer="adamw", crop_scale=(0.2, 1.0), clip_grad=1.0,
-            randaug=False, crop=True, aspect=True, erase=False, mixup=False, cutmix=False,
-            flip=False, jitter=False, smoothing=0.0),
-        "finetune": dict(
-            epochs=20, batch_size=64, lr=1e-3, weight_decay=0.05, warmup=0.05,
-            optimizer="adamw", crop_scale=(0.4, 1.0), clip_grad=1.0,
-            randaug=False, crop=True, aspect=True, erase=False, mixup=False, cutmix=False,
-            flip=True, jitter=False, smoothing=0.0),
-    },
-    "small": {
-        "model": "vit_tiny", "img_size": 32, "patch_size": 4, "drop_path": 0.0,
-        "pretrain": dict(
+    "nano": dict(                                       # two CPU cores and minutes
+        model="vit_nano", img_size=32, patch_size=4, drop_path=0.0,
+        pretrain=dict(
+            L=32, canvas=128, points=20_000, texture="fill", steps=3750, batch_size=128,
+            optimizer="adamw", lr=1e-3, weight_decay=0.05, warmup=0.05, clip_grad=1.0,
+            augment="crop aspect", crop_scale=(0.2, 1.0), smoothing=0.0),
+        finetune=dict(
+            epochs=8, batch_size=64,
+            optimizer="sgd", lr=0.05, weight_decay=1e-4, warmup=0.05, clip_grad=1.0,
+            augment="crop aspect flip", crop_scale=(0.4, 1.0), smoothing=0.0)),
+    "small": dict(                                      # one GPU and minutes
+        model="vit_tiny", img_size=32, patch_size=4, drop_path=0.0,
+        pretrain=dict(
             L=1000, canvas=128, points=100_000, texture="random", steps=20_000, batch_size=512,
-            lr=1e-3, weight_decay=0.05, warmup=0.05, optimizer="adamw", crop_scale=(0.2, 1.0),
-            clip_grad=1.0, randaug=False, crop=True, aspect=True, erase=False, mixup=False,
-            cutmix=True, flip=False, jitter=False, smoothing=0.0),
-        "finetune": dict(
-            epochs=100, batch_size=256, lr=1e-3, weight_decay=0.05, warmup=0.05,
-            optimizer="adamw", crop_scale=(0.4, 1.0), clip_grad=1.0,
-            randaug=True, crop=True, aspect=True, erase=True, mixup=True, cutmix=True,
-            flip=True, jitter=False, smoothing=0.1),
-    },
-    "paper": {
-        "model": "vit_tiny", "img_size": 224, "patch_size": 16, "drop_path": 0.1,
-        "pretrain": dict(
+            optimizer="adamw", lr=1e-3, weight_decay=0.05, warmup=0.05, clip_grad=1.0,
+            augment="crop aspect cutmix", crop_scale=(0.2, 1.0), smoothing=0.0),
+        finetune=dict(
+            epochs=100, batch_size=256,
+            optimizer="sgd", lr=0.05, weight_decay=1e-4, warmup=0.05, clip_grad=1.0,
+            augment="randaug crop aspect erase mixup cutmix flip", crop_scale=(0.4, 1.0),
+            smoothing=0.1)),
+    "paper": dict(
+        model="vit_tiny", img_size=224, patch_size=16, drop_path=0.1,
+        pretrain=dict(
             L=1000, canvas=512, points=100_000, texture="random", steps=240_000, batch_size=256,
-            lr=5e-4, weight_decay=0.05, warmup=6.25e-5, optimizer="adamw", crop_scale=(0.08, 1.0),
-            clip_grad=0.0, randaug=True, crop=True, aspect=True, erase=True, mixup=True,
-            cutmix=True, flip=True, jitter=True, smoothing=0.1),
-        "finetune": dict(
-            epochs=1000, batch_size=768, lr=0.015, weight_decay=1e-4, warmup=0.01,
-            optimizer="sgd", crop_scale=(0.08, 1.0), clip_grad=0.0,
-            randaug=True, crop=True, aspect=True, erase=True, mixup=True, cutmix=True,
-            flip=True, jitter=True, smoothing=0.1),
-    },
+            optimizer="adamw", lr=5e-4, weight_decay=0.05, warmup=6.25e-5, clip_grad=0.0,
+            augment="randaug crop aspect erase mixup cutmix flip jitter", crop_scale=(0.08, 1.0),
+            smoothing=0.1),
+        finetune=dict(
+            epochs=1000, batch_size=768,
+            optimizer="sgd", lr=0.015, weight_decay=1e-4, warmup=0.01, clip_grad=0.0,
+            augment="randaug crop aspect erase mixup cutmix flip jitter", crop_scale=(0.08, 1.0),
+            smoothing=0.1)),
 }
+SWITCHES = ("randaug", "crop", "aspect", "erase", "mixup", "cutmix", "flip", "jitter")    # Table 9
 
 
 class InputError(Exception):
@@ -90,7 +85,8 @@ class InputError(Exception):
 def sigma_factor(maps):
     """sum_j (s_j1 + 2 s_j2) over the singular values of the 2x2 parts. maps (..., N, 2, 3) -> (...).
 
-    Small sigma: strong contractions and a sparse, intricate shape. Large: a diffuse cloud.
+    Small sigma: strong contractions and a sparse, intricate shape. Large: a diffuse cloud; at the
+    largest, 3 N, every singular value is 1 and nothing contracts any more.
     Anderson & Farrell, Improving Fractal Pre-training (WACV 2022).
     """
     s = torch.linalg.svdvals(maps[..., :2])                         # (..., N, 2), larger one first
@@ -98,7 +94,7 @@ def sigma_factor(maps):
 
 
 def sample_ifs(num_maps, sigma, generator=None):
-    """Random contractions whose sigma-factor is exactly sigma -> maps (N, 2, 3) float32 on the CPU.
+    """Random affine maps whose sigma-factor is exactly sigma -> maps (N, 2, 3) float32 on the CPU.
 
     A_j = U diag(s1, s2) V with U, V random rotations or reflections, 1 >= s1 >= s2 >= 0, and
     translations U(-1, 1). Raises ValueError unless num_maps >= 2 and 0 < sigma <= 3 num_maps.
@@ -131,7 +127,8 @@ def sample_ifs(num_maps, sigma, generator=None):
 # ==================================================================================================
 # 2 · Renderer: the chaos game, a canvas, 3x3 stamps
 #
-# v_{t+1} = w_{sigma_t}(v_t) from v_0 = (0, 0), with P(sigma_t = j) = p_j proportional to |det A_j|.
+# v_{t+1} = w_j(v_t) from v_0 = (0, 0), the map j drawn anew each step with p_j proportional to
+# |det A_j| (the paper calls the drawn index sigma_t, which is not the sigma-factor).
 # One orbit is a long chain of tiny steps, so here a thousand short orbits run side by side. All
 # images share the sequence, so an orbit needs the same map j of every image: with the images along
 # the last axis, that is one contiguous row, and a step is one copy of rows and two products.
@@ -144,12 +141,12 @@ POINTS_IN_FLIGHT = 3_000_000    # images are rendered in groups that hold this m
 
 
 def map_sequence(probs, points, generator=None):
-    """The random choices sigma of the chaos game, shared by all images: (steps, K) map indices.
+    """The random choices of the chaos game, shared by all images: (steps, K) map indices.
 
     K orbits of BURN_IN + ORBIT steps give at least `points` points to plot. probs: (N,).
     """
     orbits, steps = -(-points // ORBIT), BURN_IN + ORBIT
-    draws = torch.multinomial(probs.double().cpu(), steps * orbits, True, generator=generator)
+    draws = torch.multinomial(probs.cpu().double(), steps * orbits, True, generator=generator)
     return draws.view(steps, orbits)
 
 
@@ -157,6 +154,7 @@ def chaos_game(maps, sequence, out=None):
     """Orbits of B systems at once: maps (B, N, 2, 3), sequence (steps, K) -> points (T, 2, K, B).
 
     `out` is memory to write the points into; fresh memory for each group would cost a sixth more.
+    Steps of the burn-in go to scratch memory.
     """
     (steps, K), B = sequence.shape, len(maps)
     if out is None or out.shape != (steps - BURN_IN, 2, K, B):
@@ -182,23 +180,23 @@ def rasterize(points, size, expands):
     low, high = points.amin(0).amin(1), points.amax(0).amax(1)      # (2, B), NaN if a point is
     wild = expands.new_zeros(B)
     if expands.any():
-        some = points[:, :, ::max(1, K // 20)]                      # enough for two quantiles
-        some = some.permute(1, 3, 0, 2).flatten(2).nan_to_num(1e30, 1e30, -1e30)
-        core = torch.quantile(some, some.new_tensor([0.01, 0.99]), dim=2)       # (2, 2, B)
+        sample = points[:, :, ::max(1, K // 20)]                    # enough for two quantiles
+        sample = sample.permute(1, 3, 0, 2).flatten(2).nan_to_num(1e30, 1e30, -1e30)
+        core = torch.quantile(sample, sample.new_tensor([0.01, 0.99]), dim=2)   # (2, 2, B)
         wild = expands & ~(high - low <= 2 * (core[1] - core[0]))   # true for NaN as well
         low, high = torch.where(wild, core[0], low), torch.where(wild, core[1], high)
 
     margin, canvas = max(1, 6 * size // 512), size * size
     scale = (size - 1 - 2 * margin) / (high - low).clamp(min=1e-6)
-    scale = scale * scale.new_tensor([[1], [-1]])                   # image rows grow downwards
-    start = margin + 0.5 - torch.stack([low[0], high[1]]) * scale
+    corner = torch.stack([low[0], high[1]])[:, None]                # (2, 1, B), the upper left one
+    scale = torch.stack([scale[0], -scale[1]])[:, None]             # image rows grow downwards
     image = torch.arange(B, device=points.device) * canvas
     hits = torch.zeros(B * canvas + 1, dtype=torch.uint8, device=points.device)
-    for some in points.split(10):                                   # pieces that stay in the cache
-        pixel = torch.addcmul(start[:, None], some, scale[:, None]).floor_()
+    for few in points.split(10):                                    # pieces that stay in the cache
+        pixel = (few - corner).mul_(scale).add_(margin + 0.5).floor_()          # (10, 2, K, B)
         cell = torch.add(pixel[:, 0], pixel[:, 1], alpha=size).long().add_(image)
         if wild.any():
-            inside = ((some >= low[:, None]) & (some <= high[:, None])).all(1)
+            inside = ((few >= low[:, None]) & (few <= high[:, None])).all(1)
             cell.masked_fill_(~inside, B * canvas)                  # a spare cell behind the last
         hits[cell.view(-1)] = 1
     return hits[:-1].view(B, size, size)
@@ -236,19 +234,20 @@ def ifs_coverage(maps, size, points, texture, probs=None, generator=None):
     """Maps (L, N, 2, 3) -> pixels that stamps can reach (L, size, size) uint8 0/1, on maps.device.
 
     probs (N,) are the map probabilities, by default in proportion to the mean |det A| of `maps`.
-    The generator (on the CPU) draws the map sequence, one for all images.
+    (pre-training passes the unperturbed system's). The generator, on the CPU, draws the one map
+    sequence of all images.
     """
     if probs is None:
         probs = maps[..., :2].det().abs().mean(0)
     sequence = map_sequence(probs.clamp(min=1e-9), points, generator)
     coverage = torch.empty(len(maps), size, size, dtype=torch.uint8, device=maps.device)
-    points_buffer = None
+    orbits = None
     group = max(1, POINTS_IN_FLIGHT // max(points, size * size))
     for first in range(0, len(maps), group):
-        some = maps[first:first + group]
-        expands = (torch.linalg.svdvals(some[..., :2]) > 1).any(2).any(1)
-        points_buffer = chaos_game(some, sequence, points_buffer)
-        hits = rasterize(points_buffer, size, expands)
+        members = maps[first:first + group]
+        expands = (torch.linalg.svdvals(members[..., :2]) > 1).any(2).any(1)
+        orbits = chaos_game(members, sequence, orbits)
+        hits = rasterize(orbits, size, expands)
         coverage[first:first + group] = hits if texture == "point" else dilate(hits)
     return coverage
 
@@ -260,9 +259,10 @@ def render_ifs(maps, size=512, points=100_000, texture="random", generator=None,
     generator: on the CPU; draws the map sequence and seeds the texture. Systems without an
     attractor give blank or nearly blank images, never NaN. Raises ValueError on bad arguments.
     """
-    if maps.ndim != 4 or maps.shape[2:] != (2, 3) or size < 8 or points < 1:
-        raise ValueError(f"need maps (L, N, 2, 3), size >= 8, points >= 1; got "
-                         f"{tuple(maps.shape)}, {size}, {points}")
+    if maps.ndim != 4 or maps.shape[2:] != (2, 3) or not len(maps) or size < 8 or points < 1 \
+            or (probs is not None and probs.shape != maps.shape[1:2]):
+        raise ValueError(f"need maps (L, N, 2, 3) with L >= 1, probs (N,), size >= 8, points >= 1; "
+                         f"got {tuple(maps.shape)}, {probs}, {size}, {points}")
     if texture not in ("random", "fill", "point"):
         raise ValueError(f"texture must be random, fill or point, got {texture!r}")
     coverage = ifs_coverage(maps, size, points, texture, probs, generator)
@@ -320,21 +320,22 @@ def base_ifs(num_maps, sigma, seed, min_fill=0.2, tries=1000):
 def liep_images(base, delta, L, size, points, texture, noise, seed, device, min_fill=0.05):
     """Render L points of the LIEP distribution -> coverage (L, size, size) 0/1, maps (L, N, 2, 3).
 
-    Candidates come in one fixed order; those filled below min_fill are passed over, as the
-    authors redraw them. All images share one map sequence and the unperturbed map probabilities.
+    Candidates come in one fixed order; those that light fewer than min_fill of the pixels are
+    passed over, as the authors redraw them (random masks light half of what stamps cover). All
+    images share one map sequence and the unperturbed map probabilities.
     """
     generator = torch.Generator().manual_seed(seed)
-    probs = base[:, :, :2].det().abs()
+    probs, lit = base[:, :, :2].det().abs(), 0.5 if texture == "random" else 1.0
     kept_maps, kept_images, drawn, found = [], [], 0, 0
     while found < L:
         if drawn >= 20 * L + 100:
             raise InputError(f"--delta {delta}: only {found} of {drawn} perturbed systems give an "
-                             f"image that is filled {min_fill:.0%}; lower --delta or --L")
+                             f"image that is filled {min_fill:.0%}; lower --delta or raise --points")
         candidates = perturb(base, delta, L - found, generator, noise)
         drawn += len(candidates)
         images = ifs_coverage(candidates.to(device), size, points, texture, probs,
                               torch.Generator().manual_seed(seed))
-        keep = images.flatten(1).float().mean(1).cpu() >= min_fill
+        keep = lit * images.flatten(1).float().mean(1).cpu() >= min_fill
         kept_maps.append(candidates[keep])
         kept_images.append(images[keep.to(device)])
         found += int(keep.sum())
@@ -415,9 +416,9 @@ def apply_tables(x, op, level):
     equalize = ((step / 2).floor() + below) / step.clamp(min=1)
     equalize = torch.where(step > 0, equalize.floor().clamp(0, 255), i)
 
-    keep = 2. ** (8 - (4 - (level * 4).floor()))                    # posterize to 4 .. 0 bits
+    grain = 2. ** (4 + (level * 4).floor())                         # posterize to 4 .. 0 bits
     threshold, add = 256 - (level * 256).floor(), (level * 110).floor()
-    tables = (autocontrast, equalize, 255 - i, (i / keep).floor() * keep,
+    tables = (autocontrast, equalize, 255 - i, (i / grain).floor() * grain,
               torch.where(i < threshold, i, 255 - i),
               torch.where(i < 128, (i + add).clamp(max=255), i))
     table = i
@@ -477,11 +478,12 @@ def apply_op(x, op, magnitude, sign):
 
 
 class Augment:
-    """DeiT's augmentation (arXiv 2012.12877) of a whole batch, every sample drawn for itself.
+    """DeiT-style augmentation (arXiv 2012.12877) of a whole batch, every sample drawn for itself.
 
     images (B, C, S, S) or (B, S, S) uint8, grey or RGB, and labels (B,) on one device -> normalised
     (B, 3, img_size, img_size) floats and soft targets (B, num_classes). With every switch off it
-    resizes and normalises: the evaluation transform. Pass `generator` (on the device) to draw from.
+    resizes and normalises: the evaluation transform. flip: probabilities (horizontal, vertical);
+    jitter acts only where randaug is off, as in timm. generator: on the device.
     """
 
     def __init__(self, img_size, num_classes, crop=True, aspect=True, crop_scale=(0.08, 1.0),
@@ -573,7 +575,7 @@ class Augment:
         alpha = torch.where(use_cutmix, float(self.cutmix or 1), float(self.mixup or 1))
         u, v = self.rand(x, 2, 64) ** (1 / alpha)                   # Johnk: Beta(alpha, alpha) by
         first = (u + v <= 1).int().argmax()                         # rejection, without a sync
-        lam = (u / (u + v).clamp(min=1e-12))[first]
+        lam = (u / (u + v).clamp(min=1e-12)).index_select(0, first[None])[0]
         centre, side = (self.rand(x, 2) * S).floor(), ((1 - lam).sqrt() * S).floor()
         at = torch.arange(S, device=x.device)
         low, high = centre - (side / 2).floor(), centre + (side / 2).floor()
@@ -688,7 +690,7 @@ class ViT(nn.Module):
 def resize_pos_embed(pos_embed, tokens):
     """Interpolate position embeddings (1, 1 + h*h, D) to (1, tokens, D); the cls token's is kept."""
     old, new = math.isqrt(pos_embed.shape[1] - 1), math.isqrt(tokens - 1)
-    if old == new:
+    if old == new or pos_embed.shape[1] != 1 + old * old:           # of another architecture
         return pos_embed
     grid = pos_embed[:, 1:].view(1, old, old, -1).permute(0, 3, 1, 2)           # (1, D, old, old)
     grid = F.interpolate(grid, size=(new, new), mode="bicubic", antialias=True, align_corners=False)
@@ -733,15 +735,22 @@ def open_datasets(name, root):
             raise InputError(f"--root {root}: need the folders train/ and test/ (or val/) in it")
         try:
             train, test = (datasets.ImageFolder(d) for d in (root / "train", tests[0]))
-        except (FileNotFoundError, OSError) as error:
+        except OSError as error:
             raise InputError(f"--root {root}: {str(error).splitlines()[0]}") from None
         if train.classes != test.classes:
             odd = sorted(set(train.classes) ^ set(test.classes))
             raise InputError(f"--root {root}: train and {tests[0].name} differ in classes {odd[:3]}")
         return train, test
     kind, *splits = DATASETS[name]
+
+    def make(download):
+        return [getattr(datasets, kind)(root, download=download, **split) for split in splits]
+
     try:
-        train, test = (getattr(datasets, kind)(root, download=True, **split) for split in splits)
+        try:
+            train, test = make(download=False)
+        except RuntimeError:        # not there yet
+            train, test = make(download=True)
     except Exception as error:      # no network, a dead link, a broken file, a missing reader
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise InputError(f"--data {name}: cannot be downloaded to {root} ({reason}); put its files "
@@ -784,25 +793,32 @@ def balanced_subset(labels, per_class=None, holdout=0.0):
     return torch.cat(train).sort().values, torch.cat(held).sort().values
 
 
-class SquareImages(torch.utils.data.Dataset):
-    """Chosen images of a dataset as (uint8 (3, side, side), label): resized and centre-cropped.
+class Images(torch.utils.data.Dataset):
+    """Chosen images of a torchvision dataset, square, as batches of uint8 on the device.
 
-    Small square pictures stay as they are, others become 8/7 of img_size (256 for 224).
+    Small square pictures stay as they are, others are resized and cropped to 8/7 of img_size (256
+    for 224). Up to ON_DEVICE_BYTES they are read once and stay on the device; a larger set streams
+    through a DataLoader with `workers` processes, in the same order.
     """
 
-    def __init__(self, dataset, indices, img_size):
+    def __init__(self, dataset, indices, img_size, device, workers):
         self.dataset, self.indices, self.side = dataset, indices.tolist(), img_size * 8 // 7
-        width, height = self.read(0)[0].size
+        self.labels, self.device, self.workers = labels_of(dataset)[indices], device, workers
+        width, height = self.read(0).size
         if width == height and width < self.side:
             self.side = width
+        self.on_device = len(indices) * 3 * self.side ** 2 <= ON_DEVICE_BYTES
+        if self.on_device:
+            loader = torch.utils.data.DataLoader(self, 256, num_workers=workers)
+            self.images = torch.cat([images for images, _ in loader]).to(device)
+            self.labels = self.labels.to(device)
 
     def __len__(self):
         return len(self.indices)
 
     def read(self, i):
         try:
-            image, label = self.dataset[self.indices[i]]
-            return image.convert("RGB"), label
+            return self.dataset[self.indices[i]][0].convert("RGB")
         except Exception as error:
             files = getattr(self.dataset, "samples", None)
             where = files[self.indices[i]][0] if files else f"image {self.indices[i]}"
@@ -811,39 +827,19 @@ class SquareImages(torch.utils.data.Dataset):
 
     def __getitem__(self, i):
         from torchvision.transforms import functional as T
-        image, label = self.read(i)
+        image = self.read(i)
         if image.size != (self.side, self.side):
             image = T.center_crop(T.resize(image, self.side, antialias=True), self.side)
-        return T.pil_to_tensor(image), label
-
-
-class Images:
-    """A labelled set of square images that yields batches of given indices on the device.
-
-    A set up to ON_DEVICE_BYTES is read once and stays on the device as uint8; a larger one streams
-    through a DataLoader with `workers` processes, in the same order.
-    """
-
-    def __init__(self, dataset, indices, img_size, device, workers):
-        self.reader, self.device = SquareImages(dataset, indices, img_size), device
-        self.labels, self.images, self.workers = labels_of(dataset)[indices], None, workers
-        if len(indices) * 3 * self.reader.side ** 2 <= ON_DEVICE_BYTES:
-            loader = torch.utils.data.DataLoader(self.reader, 256, num_workers=workers)
-            self.images = torch.cat([images for images, _ in loader]).to(device)
-            self.labels = self.labels.to(device)
-
-    def __len__(self):
-        return len(self.labels)
+        return T.pil_to_tensor(image), self.labels[i]
 
     def batches(self, index_lists):
         """For each tensor of indices: images uint8 (B, 3, side, side) and labels (B,)."""
-        if self.images is not None:
+        if self.on_device:
             for i in index_lists:
-                i = i.to(self.device)
-                yield self.images[i], self.labels[i]
+                yield self.images[i.to(self.device)], self.labels[i.to(self.device)]
             return
-        loader = torch.utils.data.DataLoader(self.reader, batch_sampler=index_lists,
-                                             num_workers=self.workers, pin_memory=self.device.type == "cuda")
+        loader = torch.utils.data.DataLoader(self, batch_sampler=index_lists, num_workers=self.workers,
+                                             pin_memory=self.device.type == "cuda")
         for images, labels in loader:
             yield (images.to(self.device, non_blocking=True),
                    labels.to(self.device, non_blocking=True))
@@ -852,7 +848,8 @@ class Images:
 # ==================================================================================================
 # 8 · Training: one loop for pre-training and fine-tuning
 #
-# All randomness of a step is a function of (seed, step, rank) and nothing else. So a run that is
+# All randomness of a step is a function of (seed, step, rank), and which images it sees of (seed,
+# step, number of ranks). So a run that is
 # resumed at a step goes on exactly, with no generator to store; and ranks see different images.
 # ==================================================================================================
 
@@ -876,11 +873,9 @@ def batch_indices(n, batch_size, step, seed):
 
 def make_optimizer(model, name, lr, weight_decay):
     """AdamW, or SGD with Nesterov momentum; biases, norms, cls token and positions do not decay."""
-    decay = [p for n, p in model.named_parameters() if p.ndim > 1 and not n.endswith(
-        ("cls_token", "pos_embed"))]
-    rest = [p for n, p in model.named_parameters() if p.ndim <= 1 or n.endswith(
-        ("cls_token", "pos_embed"))]
-    groups = [dict(params=decay, weight_decay=weight_decay), dict(params=rest, weight_decay=0.0)]
+    groups = [dict(params=[], weight_decay=weight_decay), dict(params=[], weight_decay=0.0)]
+    for key, p in model.named_parameters():
+        groups[p.ndim <= 1 or key in ("cls_token", "pos_embed")]["params"].append(p)
     if name == "sgd":
         return torch.optim.SGD(groups, lr, momentum=0.9, nesterov=True)
     return torch.optim.AdamW(groups, lr, betas=(0.9, 0.999), fused=True)
@@ -896,8 +891,8 @@ def learning_rate(step, steps, warmup, peak):
 def pick_precision(device):
     """bf16 where it pays: CUDA GPUs that have it, and CPUs whose bf16 product is measurably faster."""
     if device.type == "cuda":
-        return "bf16" if torch.cuda.is_bf16_supported() else "fp32"
-    if device.type != "cpu":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+    if device.type != "cpu" or "WORLD_SIZE" in os.environ:          # processes must agree
         return "fp32"
     seconds = {}
     for dtype in (torch.float32, torch.bfloat16):
@@ -926,19 +921,21 @@ def save_checkpoint(path, **content):
 
 
 def load_checkpoint(path):
-    """Read our checkpoint, a timm state dict, or the authors' {"model": ...} -> dict with "model".
+    """Read our checkpoint, the authors' {"model": ...}, timm's {"state_dict": ...} or a bare state
+    dict -> a dict with the weights under "model".
 
     Only tensors and plain values are read (weights_only), never code.
     """
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals([argparse.Namespace]):           # plain settings
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise InputError(f"--ckpt {path}: no such file") from None
     except Exception as error:
         raise InputError(f"--ckpt {path}: not a readable checkpoint of plain tensors "
                          f"({type(error).__name__})") from None
     if isinstance(content, dict) and "model" not in content:
-        content = {"model": content}
+        content = {"model": content.get("state_dict", content)}
     state = content.get("model") if isinstance(content, dict) else None
     if not isinstance(state, dict) or not state or not all(
             isinstance(t, torch.Tensor) for t in state.values()):
@@ -947,16 +944,15 @@ def load_checkpoint(path):
     return content
 
 
-def load_weights(model, state, path):
-    """Copy a state dict into the model. The head is left as it is where the classes differ; position
-    embeddings are interpolated to the image size. InputError names every other mismatch."""
+def load_weights(model, state, path, head=False):
+    """Copy a state dict into the model, the head only on demand: its classes are others. Position
+    embeddings are interpolated to the image size. InputError names every mismatch."""
     own, state = model.state_dict(), dict(state)
     pos = state.get("pos_embed")
     if pos is not None and pos.ndim == 3 and pos.shape[-1] == own["pos_embed"].shape[-1]:
         state["pos_embed"] = resize_pos_embed(pos, own["pos_embed"].shape[1])
-    for name in ("head.weight", "head.bias"):
-        if name not in state or state[name].shape != own[name].shape:
-            state[name] = own[name]
+    if not head:
+        state |= {name: own[name] for name in ("head.weight", "head.bias")}
     wrong = [f"{k} is missing" for k in own if k not in state]
     wrong += [f"{k} is unknown" for k in state if k not in own]
     wrong += [f"{k} is {tuple(state[k].shape)}, not {tuple(own[k].shape)}" for k in own
@@ -983,26 +979,22 @@ def evaluate(model, data, transform, device, precision, batch_size=500):
     return 100 * int(top1) / len(data), 100 * int(top5) / len(data)
 
 
-class Team:
-    """The processes that train together: one, or those that torchrun started (DDP)."""
+class Team(NamedTuple):
+    """Where a process trains: alone, or as one of those that torchrun started."""
+    device: torch.device
+    rank: int
+    world: int
 
-    def __init__(self, device):
-        self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        self.device = device
-        if self.world > 1:
-            if device.type == "cuda":
-                self.device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-                torch.cuda.set_device(self.device)
-            torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
 
-    def wrap(self, model):
-        if self.world == 1:
-            return model
-        return nn.parallel.DistributedDataParallel(model)
-
-    def close(self):
-        if self.world > 1:
-            torch.distributed.destroy_process_group()
+def join_team(device):
+    """Read torchrun's environment; with several processes, meet the others (nccl, or gloo)."""
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if world > 1:
+        if device.type == "cuda":
+            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+            torch.cuda.set_device(device)
+        torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return Team(device, rank, world)
 
 
 def train(model, batches, augment, args, team, steps, start=0, optimizer_state=None, tests=None,
@@ -1016,10 +1008,11 @@ def train(model, batches, augment, args, team, steps, start=0, optimizer_state=N
     optimizer = make_optimizer(model, args.optimizer, args.lr, args.weight_decay)
     if optimizer_state:
         optimizer.load_state_dict(optimizer_state)
-    network = team.wrap(model)
+    network = nn.parallel.DistributedDataParallel(model) if team.world > 1 else model
     augment.generator = torch.Generator(device)
     log = open(out / "log.jsonl", "a") if team.rank == 0 else None
-    total, seen, best, record = torch.zeros(2, device=device), 0, 0.0, {}
+    total, seen, record = torch.zeros(2, device=device), 0, {}
+    best = max([r["test_top1"] for r in read_log(out) if "test_top1" in r], default=0.0)
     began = tick = time.perf_counter()
     model.train()
     for step, (images, labels) in zip(range(start, steps), batches):
@@ -1046,14 +1039,16 @@ def train(model, batches, augment, args, team, steps, start=0, optimizer_state=N
         seen += len(x)
 
         done = step + 1
+        saving = done % args.save_every == 0 or done == steps
+        if (saving or done % args.log_every == 0) and not math.isfinite(loss.item()):
+            kept = f"; {out / 'last.pt'} is the last good state" if (out / "last.pt").exists() else ""
+            raise InputError(f"--lr {args.lr}: the loss is not finite at step {done}, where the rate "
+                             f"is {lr:.2e}; lower --lr, or set --clip-grad{kept}")
         if done % args.log_every == 0 or done == steps:
             mean_loss, accuracy = (total / seen).tolist()
             now = time.perf_counter()
             speed = seen * team.world / (now - tick)
             left = (steps - done) * args.batch_size / speed
-            if not math.isfinite(mean_loss):
-                raise InputError(f"--lr {args.lr}: the loss is not finite before step {done}; lower "
-                                 f"--lr, or set --clip-grad; {out / 'last.pt'} is the last good one")
             record = dict(step=done, images=done * args.batch_size, loss=mean_loss,
                           top1=100 * accuracy, lr=lr, images_per_s=round(speed, 1))
             if log:
@@ -1075,7 +1070,7 @@ def train(model, batches, augment, args, team, steps, start=0, optimizer_state=N
             print(f"step {done}/{steps}  test top-1 {top1:.2f}%  top-5 {top5:.2f}%  "
                   f"(best top-1 {best:.2f}%)", flush=True)
             tick += time.perf_counter() - before
-        if team.rank == 0 and (done % args.save_every == 0 or done == steps):
+        if saving and team.rank == 0:
             save_checkpoint(out / "last.pt", model=model.state_dict(), step=done,
                             args=json.loads(json.dumps(vars(args))),
                             optimizer=optimizer.state_dict())
@@ -1083,6 +1078,12 @@ def train(model, batches, augment, args, team, steps, start=0, optimizer_state=N
         log.close()
         save_curve(out)
     return record
+
+
+def read_log(out):
+    """The records of out/log.jsonl; a last line that was cut off is left out."""
+    lines = (out / "log.jsonl").read_text().split("\n") if (out / "log.jsonl").exists() else []
+    return [json.loads(line) for line in lines[:-1]]
 
 
 def save_samples(path, x, augment, rows=8):
@@ -1098,7 +1099,7 @@ def save_curve(out):
     import matplotlib
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
-    records = [json.loads(line) for line in open(out / "log.jsonl")]
+    records = read_log(out)
     figure, axis = plt.subplots(figsize=(6, 3.5), layout="constrained")
     loss = [(r["images"], r["loss"]) for r in records if "loss" in r]
     axis.plot(*zip(*loss), color="C0", lw=1)
@@ -1126,7 +1127,7 @@ def make_augment(args, num_classes, mean, std, vertical_flip):
 
 
 def plain(img_size, num_classes, mean, std):
-    """The evaluation transform: everything switched off."""
+    """The evaluation transform: an `Augment` with everything switched off."""
     return Augment(img_size, num_classes, crop=False, flip=(0, 0), randaug=False, jitter=0, erase=0,
                    mixup=0, cutmix=0, smoothing=0, mean=mean, std=std)
 
@@ -1163,26 +1164,27 @@ def start_run(args, team):
         if not last.exists():
             raise InputError(f"--resume: there is no {last} to go on with; check --out")
         checkpoint = load_checkpoint(last)
+        if "args" not in checkpoint:
+            raise InputError(f"--resume: {last} holds weights alone; give them to --ckpt instead")
         free = {"resume", "out", "device", "save_every", "log_every", "workers", "root"}
         for name, value in json.loads(json.dumps(vars(args))).items():
             saved = checkpoint["args"].get(name)
-            if name not in free and value != saved:
+            if name == "precision":
+                args.precision = saved                              # it was measured, not given
+            elif name not in free and value != saved:
                 raise InputError(f"--resume: --{name.replace('_', '-')} was {saved} in {out} and is "
                                  f"{value} now; repeat the flags of that run")
-        lines = (out / "log.jsonl").read_text().splitlines(keepends=True)
-        (out / "log.jsonl").write_text("".join(
-            line for line in lines if json.loads(line)["step"] <= checkpoint["step"]))
+        if team.rank == 0:
+            (out / "log.jsonl").write_text("".join(
+                json.dumps(r) + "\n" for r in read_log(out) if r["step"] <= checkpoint["step"]))
         return checkpoint
     if last.exists():
         raise InputError(f"--out {out}: holds a finished or stopped run; give another --out, or "
                          "--resume to go on with it")
     if team.rank == 0:
-        try:
-            out.mkdir(parents=True, exist_ok=True)
-            (out / "args.json").write_text(json.dumps(vars(args), indent=1) + "\n")
-            (out / "log.jsonl").unlink(missing_ok=True)
-        except OSError as error:
-            raise InputError(f"--out {out}: cannot be written ({error.strerror})") from None
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "args.json").write_text(json.dumps(vars(args), indent=1) + "\n")
+        (out / "log.jsonl").unlink(missing_ok=True)
     return None
 
 
@@ -1206,24 +1208,25 @@ def pretrain(args, team):
     """Pre-train on L perturbed copies of one fractal: everything stays on the device."""
     checkpoint = start_run(args, team)
     device, start = team.device, checkpoint["step"] if checkpoint else 0
-    base, maps, coverage = fractal_images(args, device)
+    base, maps, images = fractal_images(args, device)
     if team.rank == 0 and not checkpoint:
         save_fractal(Path(args.out) / "fractal.json", base, maps)
     texture = torch.Generator(device).manual_seed(seed_for(args.seed, "texture"))
-    images = None if args.fresh_texture else stamp(coverage, args.texture, texture)
+    if not args.fresh_texture:
+        images = stamp(images, args.texture, texture)
 
     def batches():
         for step, i in enumerate(rank_batches(args.L, args, team, start, args.steps), start):
             i = i.to(device)
+            batch = images[i]
             if args.fresh_texture:
                 texture.manual_seed(seed_for(args.seed, "texture", step, team.rank))
-                yield stamp(coverage[i], args.texture, texture), i
-            else:
-                yield images[i], i
+                batch = stamp(batch, args.texture, texture)
+            yield batch, i
 
     model = make_model(args, args.L).to(device)
     if checkpoint:
-        load_weights(model, checkpoint["model"], args.out)
+        load_weights(model, checkpoint["model"], args.out, head=True)
     announce(args, team, model, args.steps, f"1 fractal, {args.L}")
     augment = make_augment(args, args.L, HALF, HALF, True)
     return train(model, batches(), augment, args, team, args.steps, start,
@@ -1235,8 +1238,14 @@ def finetune(args, team):
     weights = load_checkpoint(args.ckpt) if args.ckpt else None
     checkpoint = start_run(args, team)
     device, start = team.device, checkpoint["step"] if checkpoint else 0
-    train_set, test_set = open_datasets(args.data, args.root)
+    for turn in (True, False):              # rank 0 downloads first, then the others find it
+        if turn == (team.rank == 0):
+            train_set, test_set = open_datasets(args.data, args.root)
+        if team.world > 1:
+            torch.distributed.barrier()
     chosen, held = balanced_subset(labels_of(train_set), args.train_per_class, args.holdout)
+    if args.holdout and not len(held):
+        raise InputError(f"--holdout {args.holdout}: leaves no image of any class to test on")
     images = Images(train_set, chosen, args.img_size, device, args.workers)
     classes = len(getattr(train_set, "classes", ())) or int(labels_of(train_set).max()) + 1
     if args.holdout:
@@ -1247,7 +1256,7 @@ def finetune(args, team):
     if weights:
         load_weights(model, weights["model"], args.ckpt)
     if checkpoint:
-        load_weights(model, checkpoint["model"], args.out)
+        load_weights(model, checkpoint["model"], args.out, head=True)
     model.to(device)
     steps = math.ceil(args.epochs * len(images) / args.batch_size)
     announce(args, team, model, steps, f"{args.data}, {len(images)}")
@@ -1322,10 +1331,11 @@ def number(kind, low, high=math.inf, above=False):
     def convert(text):
         try:
             value = kind(text)
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
-        inside = (low < value if above else low <= value) and value <= high
-        if not inside or not math.isfinite(value):
+            finite = math.isfinite(value)
+        except (ValueError, OverflowError):
+            name = "a whole number" if kind is int else "a number"
+            raise argparse.ArgumentTypeError(f"{text!r} is not {name}") from None
+        if not finite or not value <= high or not (low < value if above else low <= value):
             border = f"above {low}" if above else f"at least {low}"
             upper = " and finite" if high == math.inf else f" and at most {high}"
             raise argparse.ArgumentTypeError(f"{text} must be {border}{upper}")
@@ -1349,27 +1359,27 @@ def make_parser():
         command = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
         run = command.add_argument_group("run")
         run.add_argument("--recipe", choices=RECIPES, help="default: nano on a CPU, small on a GPU")
-        run.add_argument("--seed", type=whole(0), default=0)
+        run.add_argument("--seed", type=whole(0, 2 ** 63 - 1), default=0)
         run.add_argument("--device", choices=("auto", "cuda", "mps", "cpu"), default="auto")
         run.add_argument("--out", default=f"runs/{name}", help="folder for what the command writes")
         return command, run
 
-    def add_fractal(command):
+    def add_fractal(command, perturbed=True):
         group = command.add_argument_group("Tables 5, 6, 7: the LIEP distribution")
-        group.add_argument("--delta", type=rate(0), default=0.1, help="side of the cube of eps")
+        if perturbed:
+            group.add_argument("--delta", type=rate(0), default=0.1, help="side of the cube of eps")
+            group.add_argument("--L", type=whole(2), help="perturbations, which are the classes")
         group.add_argument("--sigma", type=rate(0, above=True), default=3.5, help="sigma-factor")
-        group.add_argument("--L", type=whole(2), help="perturbations, which are the classes")
         group.add_argument("--noise", choices=("additive", "multiplicative"), default="additive",
                            help="additive: the paper; multiplicative: the authors' code")
         group = command.add_argument_group("the fractal and its picture")
-        group.add_argument("--fractal-seed", type=whole(0), default=32, help="which fractal")
+        group.add_argument("--fractal-seed", type=whole(0, 2 ** 63 - 1), default=32, help="which fractal")
         group.add_argument("--num-maps", type=whole(2), default=2, help="N of Eq. 1")
         group.add_argument("--canvas", type=whole(16), help="pixels a side that are rendered")
         group.add_argument("--points", type=whole(1), help="points of the chaos game an image")
         group.add_argument("--texture", choices=("random", "fill", "point"))
 
     def add_training(command, run):
-        on = dict(action=argparse.BooleanOptionalAction)
         run.add_argument("--resume", action="store_true", help="go on with the run in --out")
         run.add_argument("--save-every", type=whole(1), default=1000, help="steps")
         run.add_argument("--log-every", type=whole(1), default=50, help="steps")
@@ -1387,8 +1397,8 @@ def make_parser():
         group.add_argument("--optimizer", choices=("adamw", "sgd"))
         group.add_argument("--clip-grad", type=rate(0), help="norm; 0: none")
         group = command.add_argument_group("Table 9: augmentation")
-        for name in ("randaug", "crop", "aspect", "erase", "mixup", "cutmix", "flip", "jitter"):
-            group.add_argument(f"--{name}", **on)
+        for name in SWITCHES:
+            group.add_argument(f"--{name}", action=argparse.BooleanOptionalAction)
         group.add_argument("--crop-scale", type=rate(0, 1, above=True), nargs=2,
                            metavar=("LOW", "HIGH"), help="area of the crop")
         group.add_argument("--smoothing", type=rate(0, 1), help="label smoothing")
@@ -1400,8 +1410,8 @@ def make_parser():
     group = command.add_argument_group('Table 13: "w/ Aug."')
     group.add_argument("--fresh-texture", action="store_true", help="a new 3x3 texture every step")
 
-    for name, text in (("render", render.__doc__), ("show", show.__doc__)):
-        add_fractal(add(name, text)[0])
+    add_fractal(add("render", render.__doc__)[0])
+    add_fractal(add("show", show.__doc__)[0], perturbed=False)
 
     command, run = add("finetune", finetune.__doc__)
     run.add_argument("--ckpt", help="weights to start from; without: from scratch")
@@ -1427,12 +1437,15 @@ def resolve(args):
     elif not available[args.device]:
         raise InputError(f"--device {args.device}: there is none here; try --device auto")
     chosen = args.recipe is None
+    args.world = int(os.environ.get("WORLD_SIZE", 1))
     args.recipe = args.recipe or ("small" if args.device == "cuda" else "nano")
     recipe = RECIPES[args.recipe]
     if getattr(args, "ckpt", None):                                 # the network that was saved
         saved = load_checkpoint(args.ckpt).get("args", {})
         recipe = recipe | {k: saved[k] for k in ("model", "img_size", "patch_size") if k in saved}
-    for name, value in {**recipe, **recipe.get(args.command, recipe["pretrain"])}.items():
+    numbers = recipe | recipe.get(args.command, recipe["pretrain"])
+    numbers |= {name: name in numbers["augment"].split() for name in SWITCHES}
+    for name, value in numbers.items():
         if hasattr(args, name) and getattr(args, name) is None:
             setattr(args, name, value)
     if getattr(args, "precision", None) == "auto":
@@ -1441,14 +1454,14 @@ def resolve(args):
         raise InputError(f"--patch-size {args.patch_size}: must divide --img-size {args.img_size}")
     if hasattr(args, "crop_scale") and args.crop_scale[0] > args.crop_scale[1]:
         raise InputError("--crop-scale: LOW must not be above HIGH")
-    world = int(os.environ.get("WORLD_SIZE", 1))
-    if hasattr(args, "batch_size") and args.batch_size % world:
+    if hasattr(args, "batch_size") and args.batch_size % args.world:
         raise InputError(f"--batch-size {args.batch_size}: is the global one and must be a multiple "
-                         f"of the {world} processes")
+                         f"of the {args.world} processes")
     if hasattr(args, "sigma") and args.sigma > 3 * args.num_maps:
         raise InputError(f"--sigma {args.sigma}: at most 3 for each map, so 3 x --num-maps "
                          f"= {3 * args.num_maps}")
-    print(f"recipe {args.recipe}" + (" (chosen for this device)" if chosen else ""), flush=True)
+    if os.environ.get("RANK", "0") == "0":
+        print(f"recipe {args.recipe}" + (" (chosen for this device)" if chosen else ""), flush=True)
     return torch.device(args.device)
 
 
@@ -1456,14 +1469,16 @@ def main(argv=None):
     """Run one command -> exit status."""
     args = make_parser().parse_args(argv)
     try:
-        team = Team(resolve(args))
-        try:
-            globals()[args.command](args, team)
-        finally:
-            team.close()
+        globals()[args.command](args, join_team(resolve(args)))
     except InputError as error:     # one from a worker process comes wrapped in its traceback
         print(f"onepfrac: {str(error).strip().split('InputError: ')[-1]}", file=sys.stderr)
         return 2
+    except OSError as error:        # a full disk, a file where a folder should be, no permission
+        print(f"onepfrac: --out {args.out}: cannot be written ({error})", file=sys.stderr)
+        return 2
+    finally:
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
     return 0
 
 

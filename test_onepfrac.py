@@ -2,6 +2,7 @@
 
     python -m pytest -q
 """
+import argparse
 import json
 import math
 import os
@@ -535,7 +536,7 @@ def test_small_and_streamed_sets_give_the_same_batches(image_folder, monkeypatch
     small = op.Images(dataset, chosen, 16, torch.device("cpu"), 0)
     monkeypatch.setattr(op, "ON_DEVICE_BYTES", 0)
     large = op.Images(dataset, chosen, 16, torch.device("cpu"), 1)
-    assert small.images is not None and large.images is None
+    assert small.on_device and not large.on_device
     order = [torch.tensor([3, 1, 2]), torch.tensor([0, 5])]
     for (a, b), (c, d) in zip(small.batches(order), large.batches(order), strict=True):
         assert a.dtype == torch.uint8 and (a == c).all() and (b == d).all()
@@ -595,7 +596,7 @@ def test_pretraining_learns_and_its_folder_explains_itself(pretrained):
 
 def test_finetuning_from_a_checkpoint(pretrained, image_folder, tmp_path):
     done = run("finetune", "--ckpt", pretrained[0] / "last.pt", "--data", "folder", "--root", image_folder,
-               "--epochs", 12, "--eval-epochs", 6, "--batch-size", 8, "--lr", 2e-3, "--workers", 0, *TINY,
+               "--epochs", 12, "--eval-epochs", 6, "--batch-size", 8, "--lr", 0.02, "--workers", 0, *TINY,
                "--out", tmp_path / "ft")
     assert done.returncode == 0, done.stderr
     log = [json.loads(line) for line in open(tmp_path / "ft" / "log.jsonl")]
@@ -665,6 +666,7 @@ def test_checkpoints_of_timm_and_of_the_authors_load(tmp_path):
     donor = op.ViT(32, 4, 1000, 96, 6, 3)
     nn.init.normal_(donor.head.weight)
     for content in (donor.state_dict(), {"model": donor.state_dict(), "epoch": 5},
+                    {"state_dict": donor.state_dict(), "args": argparse.Namespace(lr=1)},
                     {"model": {f"module.{k}": v for k, v in donor.state_dict().items()}}):
         torch.save(content, tmp_path / "weights.pt")
         state = op.load_checkpoint(tmp_path / "weights.pt")["model"]
@@ -672,7 +674,9 @@ def test_checkpoints_of_timm_and_of_the_authors_load(tmp_path):
         for model in (same, other):
             op.load_weights(model, state, "weights.pt")
             assert (model.blocks[3].mlp.fc1.weight == donor.blocks[3].mlp.fc1.weight).all()
-        assert (same.head.weight == donor.head.weight).all() and (other.head.weight == 0).all()
+        assert (same.head.weight == 0).all() and (other.head.weight == 0).all()
+        op.load_weights(same, state, "weights.pt", head=True)
+        assert (same.head.weight == donor.head.weight).all()
         assert other.pos_embed.shape == (1, 17, 96)
 
 
@@ -694,6 +698,9 @@ PRE, FINE = ["pretrain"], ["finetune", "--data", "folder", "--root", "{folder}",
     ([*FINE, "--data", "imagenet22k"], "--data"), ([*FINE, "--root", "{tmp}/nowhere"], "--root"),
     ([*FINE, "--root", "{tmp}/empty"], "--root"), ([*FINE, "--root", "{tmp}/unreadable"], "--root"),
     ([*FINE, "--train-per-class", "41"], "--train-per-class"),
+    ([*FINE, "--train-per-class", "2", "--holdout", "0.1"], "--holdout"),
+    ([*PRE, "--fractal-seed", str(2 ** 64)], "--fractal-seed"), ([*PRE, "--steps", "9" * 400], "--steps"),
+    (["show", "--out", "{tmp}/broken.pt"], "--out"), ([*PRE, "--out", "{tmp}/broken.pt/x"], "--out"),
     (["finetune", "--data", "cifar100", "--root", "{tmp}/dl"], "--data"),
 ], ids=lambda v: " ".join(v) if isinstance(v, list) else None)
 def test_bad_input_gets_one_line_and_status_2(arguments, named, image_folder, tmp_path, capsys, monkeypatch):
@@ -716,8 +723,9 @@ def test_bad_input_gets_one_line_and_status_2(arguments, named, image_folder, tm
     arguments = [a.format(folder=image_folder, tmp=tmp_path) for a in arguments]
     before = set(tmp_path.rglob("*"))
     try:
-        status = op.main([*arguments, "--device", "cpu", "--out", str(tmp_path / "run")]
-                         if "--device" not in arguments else [*arguments, "--out", str(tmp_path / "run")])
+        for flag, value in (("--device", "cpu"), ("--out", str(tmp_path / "run"))):
+            arguments += [] if flag in arguments else [flag, value]
+        status = op.main(arguments)
     except SystemExit as stop:
         status = stop.code
     captured = capsys.readouterr()
@@ -742,7 +750,8 @@ def test_recipes_name_only_flags_and_any_flag_overrides_them():
     for table in op.RECIPES.values():
         for command in ("pretrain", "finetune"):
             known = vars(op.make_parser().parse_args([command]))
-            assert set(table[command]) <= set(known)
+            assert set(table[command]) - {"augment"} <= set(known)
+            assert set(table[command]["augment"].split()) <= set(op.SWITCHES)
     args = op.make_parser().parse_args(["pretrain", "--recipe", "nano", "--lr", "0.5", "--no-crop"])
     op.resolve(args)
     assert args.lr == 0.5 and args.crop is False
