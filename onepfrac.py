@@ -36,9 +36,9 @@ RECIPES = {
     "nano": dict(                                       # two CPU cores and minutes
         model="vit_nano", img_size=32, patch_size=4, drop_path=0.0,
         pretrain=dict(
-            L=32, canvas=128, points=20_000, texture="fill", steps=3750, batch_size=128,
-            optimizer="adamw", lr=1e-3, weight_decay=0.05, warmup=0.05, clip_grad=1.0,
-            augment="crop aspect", crop_scale=(0.2, 1.0), smoothing=0.0),
+            L=64, canvas=128, points=20_000, texture="fill", steps=7000, batch_size=64,
+            optimizer="adamw", lr=1e-3, weight_decay=0.05, warmup=0.02, clip_grad=1.0,
+            augment="crop aspect", crop_scale=(0.1, 1.0), smoothing=0.0),
         finetune=dict(
             epochs=8, batch_size=64,
             optimizer="sgd", lr=0.05, weight_decay=1e-4, warmup=0.05, clip_grad=1.0,
