@@ -30,8 +30,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-# Literal numbers of the three scales; any flag overrides its number. `augment` names the switches of
-# Table 9 that are on; warm-up is a fraction of the steps; every other name is a flag.
+# Literal numbers of the three scales; any flag overrides its number. `augment` names the switches
+# of Table 9 that are on; warm-up is a fraction of the steps; every other name is a flag. `paper`
+# holds what the paper and the authors' code say; jitter acts there once RandAugment is off.
 RECIPES = {
     "nano": dict(                                       # two CPU cores and minutes
         model="vit_nano", img_size=32, patch_size=4, drop_path=0.0,
@@ -83,7 +84,7 @@ class InputError(Exception):
 # ==================================================================================================
 
 def sigma_factor(maps):
-    """sum_j (s_j1 + 2 s_j2) over the singular values of the 2x2 parts. maps (..., N, 2, 3) -> (...).
+    """sum_j (s_j1 + 2 s_j2), singular values of the 2x2 parts: maps (..., N, 2, 3) -> (...).
 
     Small sigma: strong contractions and a sparse, intricate shape. Large: a diffuse cloud; at the
     largest, 3 N, every singular value is 1 and nothing contracts any more.
@@ -330,7 +331,7 @@ def liep_images(base, delta, L, size, points, texture, noise, seed, device, min_
     while found < L:
         if drawn >= 20 * L + 100:
             raise InputError(f"--delta {delta}: only {found} of {drawn} perturbed systems give an "
-                             f"image that is filled {min_fill:.0%}; lower --delta or raise --points")
+                             f"image that is filled {min_fill:.0%}; lower --delta, raise --points")
         candidates = perturb(base, delta, L - found, generator, noise)
         drawn += len(candidates)
         images = ifs_coverage(candidates.to(device), size, points, texture, probs,
@@ -371,10 +372,10 @@ def resample_matrix(start, length, size_in, size_out, flip):
 
 
 def random_boxes(B, size, scale, ratio, generator, device, tries=10):
-    """torchvision's RandomResizedCrop.get_params for a batch -> top, left, height, width (B,) floats.
+    """torchvision's RandomResizedCrop.get_params, batched -> top, left, height, width (B,) floats.
 
-    Area U(scale) of size x size, log-uniform aspect in `ratio`, whole pixels; of ten tries the first
-    that fits, else the whole image.
+    Area U(scale) of size x size, log-uniform aspect in `ratio`, whole pixels; of ten tries the
+    first that fits, else the whole image.
     """
     def uniform(low, high):
         return low + (high - low) * torch.rand(B, tries, generator=generator, device=device)
@@ -398,7 +399,7 @@ OPS = TABLE_OPS + BLEND_OPS + AFFINE_OPS
 
 
 def apply_tables(x, op, level):
-    """Look each pixel up in its sample's table. x (B, C, H, W) in 0..255, op (B,), level (B,) 0..1."""
+    """Look each pixel up in its sample's table. x (B, C, H, W), op (B,), level (B,) in 0..1."""
     B, C, H, W = x.shape
     pixel = x.long().reshape(B * C, H * W)
     histogram = x.new_zeros(B * C, 256).scatter_add_(1, pixel, x.new_ones(()).expand(pixel.shape))
@@ -428,7 +429,7 @@ def apply_tables(x, op, level):
 
 
 def to_grey(x):
-    """ITU-R 601 luma as Pillow rounds it: (B, C, H, W) -> (B, 1, H, W); grey images pass through."""
+    """ITU-R 601 luma as Pillow rounds it: (B, C, H, W) -> (B, 1, H, W); grey images pass."""
     if x.shape[1] == 1:
         return x
     weight = x.new_tensor([19595, 38470, 7471]).view(1, 3, 1, 1)
@@ -436,7 +437,7 @@ def to_grey(x):
 
 
 def blend(x, op, factor):
-    """degenerate + factor * (x - degenerate), op (B,) indexes BLEND_OPS, factor (B,), 1 = unchanged."""
+    """degenerate + factor (x - degenerate): op (B,) indexes BLEND_OPS, factor (B,) 1 is x."""
     grey = to_grey(x)
     smooth = x.clone()                                              # [[1,1,1],[1,5,1],[1,1,1]] / 13
     inner = x[..., 1:-1, 1:-1]
@@ -465,8 +466,8 @@ def apply_affine(x, op, level, fill=128):
 
 
 def apply_op(x, op, magnitude, sign):
-    """One RandAugment operation per sample: x (B, C, H, W) floats holding 0..255; op (B,) indexes OPS
-    (len(OPS): none), magnitude (B,) in 0..10, sign (B,) +-1. Scales of timm's "increasing" set.
+    """One RandAugment operation per sample: x (B, C, H, W) floats holding 0..255, op (B,) indexes
+    OPS (len(OPS): none), magnitude (B,) in 0..10, sign (B,) +-1. Scales of timm's "increasing" set.
     """
     level = magnitude / 10
     first_blend, first_affine = len(TABLE_OPS), len(TABLE_OPS) + len(BLEND_OPS)
@@ -506,7 +507,7 @@ class Augment:
             x = self.rand_augment(x)
         if self.jitter:
             x = self.color_jitter(x)
-        x = x.expand(-1, 3, -1, -1)                                 # grey stays one channel till here
+        x = x.expand(-1, 3, -1, -1)                                 # grey was one channel till here
         x = (x - x.new_tensor(self.mean).view(3, 1, 1) * 255) / (
             x.new_tensor(self.std).view(3, 1, 1) * 255)
         if self.erase:
@@ -533,7 +534,7 @@ class Augment:
         return x.clamp(0, 255).add(0.5).floor()
 
     def rand_augment(self, x, layers=2, magnitude=9.0, std=0.5):
-        """timm's rand-m9-mstd0.5-inc1: two operations of fifteen, each applied with probability 0.5."""
+        """timm's rand-m9-mstd0.5-inc1: two of fifteen operations, each with probability 0.5."""
         B = len(x)
         for _ in range(layers):
             op = torch.randint(len(OPS), (B,), generator=self.generator, device=x.device)
@@ -544,7 +545,7 @@ class Augment:
         return x
 
     def color_jitter(self, x):
-        """Brightness, saturation and contrast by U(1 - jitter, 1 + jitter), in an order per sample."""
+        """Brightness, saturation, contrast by U(1 - jitter, 1 + jitter), in an order per sample."""
         B = len(x)
         order = self.rand(x, B, 3).argsort(1)                       # of the first three BLEND_OPS
         factor = 1 + self.jitter * (2 * self.rand(x, B, 3) - 1)
@@ -553,7 +554,7 @@ class Augment:
         return x
 
     def random_erase(self, x):
-        """A box of 2% to a third of the area becomes N(0, 1) per pixel. Zhong et al., pixel mode."""
+        """A box of 2% to a third of the area becomes N(0, 1) a pixel. Zhong et al., pixel mode."""
         B, _, S, _ = x.shape
         top, left, height, width = (t.view(B, 1, 1, 1) for t in random_boxes(
             B, S, (0.02, 1 / 3), (0.3, 1 / 0.3), self.generator, x.device))
@@ -567,11 +568,12 @@ class Augment:
     def mix(self, x, target):
         """Mixup and cutmix as one: m x + (1 - m) x.flip(0), m a constant or a box of zeros.
 
-        One lambda per batch, each chosen with probability 0.5 where both are on; the target's weight
-        is the mean of m, which is cutmix's lambda after the box was cut off at the border.
+        One lambda per batch, each chosen with probability 0.5 where both are on; the target's
+        weight is the mean of m, cutmix's lambda after the box was cut off at the border.
         """
         S = x.shape[-1]
-        use_cutmix = self.rand(x) < (0.5 if self.mixup and self.cutmix else float(bool(self.cutmix)))
+        both = self.mixup and self.cutmix
+        use_cutmix = self.rand(x) < (0.5 if both else float(bool(self.cutmix)))
         alpha = torch.where(use_cutmix, float(self.cutmix or 1), float(self.mixup or 1))
         u, v = self.rand(x, 2, 64) ** (1 / alpha)                   # Johnk: Beta(alpha, alpha) by
         first = (u + v <= 1).int().argmax()                         # rejection, without a sync
@@ -688,7 +690,7 @@ class ViT(nn.Module):
 
 
 def resize_pos_embed(pos_embed, tokens):
-    """Interpolate position embeddings (1, 1 + h*h, D) to (1, tokens, D); the cls token's is kept."""
+    """Interpolate position embeddings (1, 1 + h * h, D) to (1, tokens, D), not the cls token's."""
     old, new = math.isqrt(pos_embed.shape[1] - 1), math.isqrt(tokens - 1)
     if old == new or pos_embed.shape[1] != 1 + old * old:           # of another architecture
         return pos_embed
@@ -739,7 +741,7 @@ def open_datasets(name, root):
             raise InputError(f"--root {root}: {str(error).splitlines()[0]}") from None
         if train.classes != test.classes:
             odd = sorted(set(train.classes) ^ set(test.classes))
-            raise InputError(f"--root {root}: train and {tests[0].name} differ in classes {odd[:3]}")
+            raise InputError(f"--root {root}: train/ and {tests[0].name}/ differ in {odd[:3]}")
         return train, test
     kind, *splits = DATASETS[name]
 
@@ -785,7 +787,7 @@ def balanced_subset(labels, per_class=None, holdout=0.0):
     for label in labels.unique().tolist():
         members = order[labels[order] == label]
         if per_class and len(members) < per_class:
-            raise InputError(f"--train-per-class {per_class}: class {label} has only {len(members)}")
+            raise InputError(f"--train-per-class {per_class}: class {label} has {len(members)}")
         members = members[:per_class]
         cut = round(holdout * len(members))
         held.append(members[:cut])
@@ -822,8 +824,8 @@ class Images(torch.utils.data.Dataset):
         except Exception as error:
             files = getattr(self.dataset, "samples", None)
             where = files[self.indices[i]][0] if files else f"image {self.indices[i]}"
-            raise InputError(f"--root: cannot read {where} ({type(error).__name__}); mend or remove "
-                             "it") from None
+            raise InputError(f"--root: cannot read {where} ({type(error).__name__}); mend or "
+                             "remove it") from None
 
     def __getitem__(self, i):
         from torchvision.transforms import functional as T
@@ -838,8 +840,9 @@ class Images(torch.utils.data.Dataset):
             for i in index_lists:
                 yield self.images[i.to(self.device)], self.labels[i.to(self.device)]
             return
-        loader = torch.utils.data.DataLoader(self, batch_sampler=index_lists, num_workers=self.workers,
-                                             pin_memory=self.device.type == "cuda")
+        loader = torch.utils.data.DataLoader(
+            self, batch_sampler=index_lists, num_workers=self.workers,
+            pin_memory=self.device.type == "cuda")
         for images, labels in loader:
             yield (images.to(self.device, non_blocking=True),
                    labels.to(self.device, non_blocking=True))
@@ -861,7 +864,8 @@ def seed_for(*key):
 @functools.lru_cache(maxsize=2)
 def permutation(n, seed, epoch):
     """The order of n images in one epoch."""
-    return torch.randperm(n, generator=torch.Generator().manual_seed(seed_for(seed, "order", epoch)))
+    generator = torch.Generator().manual_seed(seed_for(seed, "order", epoch))
+    return torch.randperm(n, generator=generator)
 
 
 def batch_indices(n, batch_size, step, seed):
@@ -889,7 +893,7 @@ def learning_rate(step, steps, warmup, peak):
 
 
 def pick_precision(device):
-    """bf16 where it pays: CUDA GPUs that have it, and CPUs whose bf16 product is measurably faster."""
+    """bf16 where it pays: CUDA GPUs that have it, CPUs whose bf16 product is measurably faster."""
     if device.type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
     if device.type != "cpu" or "WORLD_SIZE" in os.environ:          # processes must agree
@@ -997,35 +1001,43 @@ def join_team(device):
     return Team(device, rank, world)
 
 
-def train(model, batches, augment, args, team, steps, start=0, optimizer_state=None, tests=None,
-          test_every=1):
-    """Train from step `start` to `steps`, logging and saving into args.out -> the last log record.
+def train(args, team, model, batches, augment, steps, checkpoint=None, test=None, test_every=1):
+    """Train to `steps`, from the checkpoint's step on, logging and saving into args.out.
 
-    batches: an iterator of (images, labels) of this rank, from `start` on. tests: a function of no
-    arguments that returns (top-1, top-5), called every `test_every` steps and at the end.
+    batches(start): yields this rank's (images, labels) of each step. test(): returns top-1 and
+    top-5; called every `test_every` steps and at the end.
     """
-    device, out = team.device, Path(args.out)
+    out, start = Path(args.out), checkpoint["step"] if checkpoint else 0
     optimizer = make_optimizer(model, args.optimizer, args.lr, args.weight_decay)
-    if optimizer_state:
-        optimizer.load_state_dict(optimizer_state)
+    if checkpoint:
+        load_weights(model, checkpoint["model"], args.out, head=True)
+        optimizer.load_state_dict(checkpoint["optimizer"])
     network = nn.parallel.DistributedDataParallel(model) if team.world > 1 else model
-    augment.generator = torch.Generator(device)
-    log = open(out / "log.jsonl", "a") if team.rank == 0 else None
-    total, seen, record = torch.zeros(2, device=device), 0, {}
+    augment.generator = torch.Generator(team.device)
+    total, seen = torch.zeros(2, device=team.device), 0
     best = max([r["test_top1"] for r in read_log(out) if "test_top1" in r], default=0.0)
-    began = tick = time.perf_counter()
+    lead = team.rank == 0                                           # the one that writes and prints
+
+    def report(text, **record):
+        if lead:
+            record = dict(step=done, images=done * args.batch_size, **record)
+            with open(out / "log.jsonl", "a") as log:
+                log.write(json.dumps(record) + "\n")
+            print(f"step {done}/{steps}  {text}", flush=True)
+
     model.train()
-    for step, (images, labels) in zip(range(start, steps), batches):
+    tick = time.perf_counter()
+    for step, (images, labels) in zip(range(start, steps), batches(start)):
         key = seed_for(args.seed, "step", step, team.rank)
         torch.manual_seed(key)                                      # drop path
         augment.generator.manual_seed(key ^ 1)
         x, target = augment(images, labels)
-        if step == 0 and team.rank == 0:
+        if step == 0 and lead:
             save_samples(out / "samples.png", x, augment)
         lr = learning_rate(step, steps, round(args.warmup * steps), args.lr)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        with autocast(device, args.precision):
+        with autocast(team.device, args.precision):
             logits = network(x)
         loss = lpce_loss(logits.float(), target)
         loss.backward()
@@ -1039,45 +1051,35 @@ def train(model, batches, augment, args, team, steps, start=0, optimizer_state=N
         seen += len(x)
 
         done = step + 1
-        saving = done % args.save_every == 0 or done == steps
-        if (saving or done % args.log_every == 0) and not math.isfinite(loss.item()):
-            kept = f"; {out / 'last.pt'} is the last good state" if (out / "last.pt").exists() else ""
-            raise InputError(f"--lr {args.lr}: the loss is not finite at step {done}, where the rate "
-                             f"is {lr:.2e}; lower --lr, or set --clip-grad{kept}")
-        if done % args.log_every == 0 or done == steps:
+        last = done == steps
+        logging, saving = (last or done % n == 0 for n in (args.log_every, args.save_every))
+        if (logging or saving) and not math.isfinite(loss.item()):
+            file = out / "last.pt"
+            kept = f"; {file} is the last good state" if file.exists() else ""
+            raise InputError(f"--lr {args.lr}: the loss at step {done} is not finite (rate "
+                             f"{lr:.2e}); lower --lr, or set --clip-grad{kept}")
+        if logging:
             mean_loss, accuracy = (total / seen).tolist()
-            now = time.perf_counter()
-            speed = seen * team.world / (now - tick)
-            left = (steps - done) * args.batch_size / speed
-            record = dict(step=done, images=done * args.batch_size, loss=mean_loss,
-                          top1=100 * accuracy, lr=lr, images_per_s=round(speed, 1))
-            if log:
-                log.write(json.dumps(record) + "\n")
-                log.flush()
-                print(f"step {done}/{steps}  loss {mean_loss:.3f}  top-1 {100 * accuracy:.1f}%  "
-                      f"lr {lr:.2e}  {speed:.0f} images/s  {int(left // 60)}:{int(left % 60):02d} "
-                      "left", flush=True)
+            speed = seen * team.world / (time.perf_counter() - tick)
+            minutes, seconds = divmod(int((steps - done) * args.batch_size / speed), 60)
+            report(f"loss {mean_loss:.3f}  top-1 {100 * accuracy:.1f}%  lr {lr:.2e}  {speed:.0f} "
+                   f"images/s  {minutes}:{seconds:02d} left",
+                   loss=mean_loss, top1=100 * accuracy, lr=lr, images_per_s=round(speed, 1))
             total.zero_()
             seen, tick = 0, time.perf_counter()
-        if tests and team.rank == 0 and (done % test_every == 0 or done == steps):
-            before = time.perf_counter()
-            top1, top5 = tests()
+        if test and lead and (last or done % test_every == 0):
+            paused = time.perf_counter()
+            top1, top5 = test()
             best = max(best, top1)
-            record = dict(step=done, images=done * args.batch_size, test_top1=top1, test_top5=top5,
-                          best_top1=best, seconds=round(time.perf_counter() - began, 1))
-            log.write(json.dumps(record) + "\n")
-            log.flush()
-            print(f"step {done}/{steps}  test top-1 {top1:.2f}%  top-5 {top5:.2f}%  "
-                  f"(best top-1 {best:.2f}%)", flush=True)
-            tick += time.perf_counter() - before
-        if saving and team.rank == 0:
+            report(f"test top-1 {top1:.2f}%  top-5 {top5:.2f}%  (best top-1 {best:.2f}%)",
+                   test_top1=top1, test_top5=top5, best_top1=best)
+            tick += time.perf_counter() - paused
+        if saving and lead:
             save_checkpoint(out / "last.pt", model=model.state_dict(), step=done,
-                            args=json.loads(json.dumps(vars(args))),
+                            args=json.loads(json.dumps(vars(args))),        # tuples become lists
                             optimizer=optimizer.state_dict())
-    if log:
-        log.close()
+    if lead:
         save_curve(out)
-    return record
 
 
 def read_log(out):
@@ -1095,7 +1097,7 @@ def save_samples(path, x, augment, rows=8):
 
 
 def save_curve(out):
-    """Loss, and test accuracy where there is one, over the images seen: out/log.jsonl -> curve.png."""
+    """Loss, and test accuracy if any, over the images seen: out/log.jsonl -> out/curve.png."""
     import matplotlib
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
@@ -1136,10 +1138,19 @@ HALF = (0.5, 0.5, 0.5)
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
-def make_model(args, num_classes):
+def make_model(args, team, num_classes, steps, images):
+    """The network with its initial weights on the device; says what will be trained, and how."""
     dim, depth, heads = MODELS[args.model]
     torch.manual_seed(seed_for(args.seed, "weights"))
-    return ViT(args.img_size, args.patch_size, num_classes, dim, depth, heads, args.drop_path)
+    model = ViT(args.img_size, args.patch_size, num_classes, dim, depth, heads, args.drop_path)
+    if team.rank == 0:
+        millions = sum(p.numel() for p in model.parameters()) / 1e6
+        print(f"{args.model} ({millions:.1f}M parameters) at {args.img_size}x{args.img_size}, "
+              f"patch {args.patch_size}, on {team.device} x{team.world}, {args.precision}\n"
+              f"{images} images, {steps} steps of {args.batch_size} (global), {args.optimizer}, "
+              f"peak lr {args.lr:g}, warm-up {round(args.warmup * steps)} steps, weight decay "
+              f"{args.weight_decay:g}; run folder {args.out}", flush=True)
+    return model.to(team.device)
 
 
 def fractal_images(args, device):
@@ -1172,8 +1183,8 @@ def start_run(args, team):
             if name == "precision":
                 args.precision = saved                              # it was measured, not given
             elif name not in free and value != saved:
-                raise InputError(f"--resume: --{name.replace('_', '-')} was {saved} in {out} and is "
-                                 f"{value} now; repeat the flags of that run")
+                raise InputError(f"--resume: --{name.replace('_', '-')} was {saved} in {out}, now "
+                                 f"it is {value}; repeat the flags of that run")
         if team.rank == 0:
             (out / "log.jsonl").write_text("".join(
                 json.dumps(r) + "\n" for r in read_log(out) if r["step"] <= checkpoint["step"]))
@@ -1188,16 +1199,6 @@ def start_run(args, team):
     return None
 
 
-def announce(args, team, model, steps, images):
-    if team.rank == 0:
-        millions = sum(p.numel() for p in model.parameters()) / 1e6
-        print(f"{args.model} ({millions:.1f}M parameters) at {args.img_size}x{args.img_size}, patch "
-              f"{args.patch_size}, on {team.device} x{team.world}, {args.precision}\n"
-              f"{images} images, {steps} steps of {args.batch_size} (global), {args.optimizer}, "
-              f"peak lr {args.lr:g}, warm-up {round(args.warmup * steps)} steps, weight decay "
-              f"{args.weight_decay:g}; run folder {args.out}", flush=True)
-
-
 def rank_batches(n, args, team, start, steps):
     """This rank's share of the indices of each step, from `start` on."""
     for step in range(start, steps):
@@ -1207,7 +1208,7 @@ def rank_batches(n, args, team, start, steps):
 def pretrain(args, team):
     """Pre-train on L perturbed copies of one fractal: everything stays on the device."""
     checkpoint = start_run(args, team)
-    device, start = team.device, checkpoint["step"] if checkpoint else 0
+    device = team.device
     base, maps, images = fractal_images(args, device)
     if team.rank == 0 and not checkpoint:
         save_fractal(Path(args.out) / "fractal.json", base, maps)
@@ -1215,57 +1216,48 @@ def pretrain(args, team):
     if not args.fresh_texture:
         images = stamp(images, args.texture, texture)
 
-    def batches():
+    def batches(start):
         for step, i in enumerate(rank_batches(args.L, args, team, start, args.steps), start):
-            i = i.to(device)
-            batch = images[i]
+            batch = images[i.to(device)]
             if args.fresh_texture:
                 texture.manual_seed(seed_for(args.seed, "texture", step, team.rank))
                 batch = stamp(batch, args.texture, texture)
-            yield batch, i
+            yield batch, i.to(device)
 
-    model = make_model(args, args.L).to(device)
-    if checkpoint:
-        load_weights(model, checkpoint["model"], args.out, head=True)
-    announce(args, team, model, args.steps, f"1 fractal, {args.L}")
+    model = make_model(args, team, args.L, args.steps, f"1 fractal, {args.L}")
     augment = make_augment(args, args.L, HALF, HALF, True)
-    return train(model, batches(), augment, args, team, args.steps, start,
-                 checkpoint and checkpoint["optimizer"])
+    train(args, team, model, batches, augment, args.steps, checkpoint)
 
 
 def finetune(args, team):
     """Fine-tune a checkpoint, or train from scratch without one; report the last epoch."""
-    weights = load_checkpoint(args.ckpt) if args.ckpt else None
-    checkpoint = start_run(args, team)
-    device, start = team.device, checkpoint["step"] if checkpoint else 0
+    checkpoint, device = start_run(args, team), team.device
     for turn in (True, False):              # rank 0 downloads first, then the others find it
         if turn == (team.rank == 0):
             train_set, test_set = open_datasets(args.data, args.root)
         if team.world > 1:
             torch.distributed.barrier()
-    chosen, held = balanced_subset(labels_of(train_set), args.train_per_class, args.holdout)
+    labels = labels_of(train_set)
+    chosen, held = balanced_subset(labels, args.train_per_class, args.holdout)
     if args.holdout and not len(held):
         raise InputError(f"--holdout {args.holdout}: leaves no image of any class to test on")
+    if not args.holdout:
+        held = torch.arange(len(test_set))
     images = Images(train_set, chosen, args.img_size, device, args.workers)
-    classes = len(getattr(train_set, "classes", ())) or int(labels_of(train_set).max()) + 1
-    if args.holdout:
-        test = Images(train_set, held, args.img_size, device, args.workers)
-    else:
-        test = Images(test_set, torch.arange(len(test_set)), args.img_size, device, args.workers)
-    model = make_model(args, classes)
-    if weights:
-        load_weights(model, weights["model"], args.ckpt)
-    if checkpoint:
-        load_weights(model, checkpoint["model"], args.out, head=True)
-    model.to(device)
+    tests = Images(train_set if args.holdout else test_set, held, args.img_size, device,
+                   args.workers)
+
+    classes = len(getattr(train_set, "classes", ())) or int(labels.max()) + 1
     steps = math.ceil(args.epochs * len(images) / args.batch_size)
-    announce(args, team, model, steps, f"{args.data}, {len(images)}")
-    augment = make_augment(args, classes, IMAGENET_MEAN, IMAGENET_STD, False)
+    model = make_model(args, team, classes, steps, f"{args.data}, {len(images)}")
+    if args.ckpt and not checkpoint:
+        load_weights(model, load_checkpoint(args.ckpt)["model"], args.ckpt)
     transform = plain(args.img_size, classes, IMAGENET_MEAN, IMAGENET_STD)
-    return train(model, images.batches(rank_batches(len(images), args, team, start, steps)), augment,
-                 args, team, steps, start, checkpoint and checkpoint["optimizer"],
-                 lambda: evaluate(model, test, transform, device, args.precision),
-                 max(1, round(args.eval_epochs * len(images) / args.batch_size)))
+    train(args, team, model,
+          lambda start: images.batches(rank_batches(len(images), args, team, start, steps)),
+          make_augment(args, classes, IMAGENET_MEAN, IMAGENET_STD, False), steps, checkpoint,
+          lambda: evaluate(model, tests, transform, device, args.precision),
+          max(1, round(args.eval_epochs * len(images) / args.batch_size)))
 
 
 def render(args, team):
@@ -1277,7 +1269,7 @@ def render(args, team):
     base, maps, coverage = fractal_images(args, team.device)
     texture = torch.Generator(team.device).manual_seed(seed_for(args.seed, "texture"))
     for i, image in enumerate(stamp(coverage, args.texture, texture).cpu()):
-        folder = out / f"{i:0{len(str(args.L - 1))}d}"          # in alphabetical order of the classes
+        folder = out / f"{i:0{len(str(args.L - 1))}d}"              # alphabetical is numerical
         folder.mkdir(parents=True)
         write_png(image[None], str(folder / "0.png"))
     save_fractal(out.parent / f"{out.name}.json", base, maps)
@@ -1320,7 +1312,7 @@ def show(args, team):
         rows.append((f"$\\sigma$ = {sigma:g}", torch.cat([texture(ifs_coverage(
             maps[None].to(team.device), args.canvas, args.points, args.texture,
             generator=torch.Generator().manual_seed(0))) for maps in systems])))
-    draw("fig2c.png", f"--fractal-seed {args.fractal_seed} .. {args.fractal_seed + columns - 1}", rows)
+    draw("fig2c.png", f"{columns} systems from --fractal-seed {args.fractal_seed} on", rows)
 
 # ==================================================================================================
 # 10 · Flags
@@ -1373,7 +1365,7 @@ def make_parser():
         group.add_argument("--noise", choices=("additive", "multiplicative"), default="additive",
                            help="additive: the paper; multiplicative: the authors' code")
         group = command.add_argument_group("the fractal and its picture")
-        group.add_argument("--fractal-seed", type=whole(0, 2 ** 63 - 1), default=32, help="which fractal")
+        group.add_argument("--fractal-seed", type=whole(0, 2 ** 63 - 1), default=32, help="which")
         group.add_argument("--num-maps", type=whole(2), default=2, help="N of Eq. 1")
         group.add_argument("--canvas", type=whole(16), help="pixels a side that are rendered")
         group.add_argument("--points", type=whole(1), help="points of the chaos game an image")
@@ -1455,8 +1447,8 @@ def resolve(args):
     if hasattr(args, "crop_scale") and args.crop_scale[0] > args.crop_scale[1]:
         raise InputError("--crop-scale: LOW must not be above HIGH")
     if hasattr(args, "batch_size") and args.batch_size % args.world:
-        raise InputError(f"--batch-size {args.batch_size}: is the global one and must be a multiple "
-                         f"of the {args.world} processes")
+        raise InputError(f"--batch-size {args.batch_size}: must be a multiple of the "
+                         f"{args.world} processes")
     if hasattr(args, "sigma") and args.sigma > 3 * args.num_maps:
         raise InputError(f"--sigma {args.sigma}: at most 3 for each map, so 3 x --num-maps "
                          f"= {3 * args.num_maps}")

@@ -596,7 +596,7 @@ def test_pretraining_learns_and_its_folder_explains_itself(pretrained):
 
 def test_finetuning_from_a_checkpoint(pretrained, image_folder, tmp_path):
     done = run("finetune", "--ckpt", pretrained[0] / "last.pt", "--data", "folder", "--root", image_folder,
-               "--epochs", 12, "--eval-epochs", 6, "--batch-size", 8, "--lr", 0.02, "--workers", 0, *TINY,
+               "--epochs", 30, "--eval-epochs", 15, "--batch-size", 16, "--lr", 0.03, "--workers", 0, *TINY,
                "--out", tmp_path / "ft")
     assert done.returncode == 0, done.stderr
     log = [json.loads(line) for line in open(tmp_path / "ft" / "log.jsonl")]

@@ -1,0 +1,77 @@
+"""The transfer experiment's table and figure: python results/transfer.py [RUNS]
+
+With RUNS (the folder that `bash reproduce.sh transfer` fills), first copies each run's arguments and log from it to
+results/transfer/NAME.jsonl, the arguments as the first line. Then prints the table that README holds, in Markdown,
+and draws results/transfer.png, both from results/transfer/ alone.
+"""
+import json
+import statistics
+import sys
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+
+HERE = Path(__file__).parent
+KEPT = HERE / "transfer"
+
+
+def collect(runs):
+    KEPT.mkdir(exist_ok=True)
+    for run in sorted(p.parent for p in runs.glob("*/last.pt")):
+        arguments = {k: v for k, v in json.loads((run / "args.json").read_text()).items()
+                     if k not in ("root", "out", "ckpt")}
+        (KEPT / f"{run.name}.jsonl").write_text(json.dumps(arguments) + "\n" + (run / "log.jsonl").read_text())
+
+
+def read(pattern):
+    """{name: (arguments, test records)} of the kept runs that match."""
+    found = {}
+    for path in sorted(KEPT.glob(pattern)):
+        arguments, *log = map(json.loads, path.read_text().splitlines())
+        found[path.stem] = arguments, [r for r in log if "test_top1" in r], [r for r in log if "loss" in r]
+    return found
+
+
+def main():
+    if sys.argv[1:]:
+        collect(Path(sys.argv[1]))
+    print("| learning rate | held out, from the fractal | held out, from scratch |\n|---|---|---|")
+    rates = sorted({run[0]["lr"] for run in read("choose-*.jsonl").values()})
+    for lr in rates:
+        row = [f"{read(f'choose-{arm}-{lr:g}.jsonl')[f'choose-{arm}-{lr:g}'][1][-1]['test_top1']:.2f}"
+               for arm in ("fractal", "scratch")]
+        print(f"| {lr:g} | {' | '.join(row)} |")
+
+    print("\n| CIFAR-100 test set | seeds 0, 1, 2 | top-1, mean (spread) | top-5 | best epoch |\n|---|---|---|---|---|")
+    figure, axis = plt.subplots(figsize=(6.5, 4), layout="constrained")
+    means = {}
+    for k, (arm, label) in enumerate((("fractal", "from one fractal"), ("scratch", "from scratch"))):
+        runs = read(f"from-{arm}-*.jsonl")
+        last = [tests[-1] for _, tests, _ in runs.values()]
+        top1 = [r["test_top1"] for r in last]
+        means[arm] = statistics.mean(top1)
+        lr = {arguments["lr"] for arguments, _, _ in runs.values()}
+        print(f"| {label}, lr {', '.join(f'{x:g}' for x in lr)} | {', '.join(f'{t:.2f}' for t in top1)} | "
+              f"**{means[arm]:.2f}** ({statistics.stdev(top1):.2f}) | "
+              f"{statistics.mean(r['test_top5'] for r in last):.2f} | "
+              f"{statistics.mean(r['best_top1'] for r in last):.2f} |")
+        for n, (_, tests, _) in enumerate(runs.values()):
+            axis.plot([r["images"] / 1000 for r in tests], [r["test_top1"] for r in tests], f"C{k}.-",
+                      label=label if n == 0 else None)
+    print(f"| difference | | **{means['fractal'] - means['scratch']:+.2f}** | | |")
+    axis.set(xlabel="CIFAR-100 images seen in fine-tuning (thousands)", ylabel="top-1 on the test set (%)",
+             title="Fine-tuning at `nano`, three seeds each")
+    axis.grid(alpha=0.3)
+    axis.legend()
+    figure.savefig(HERE / "transfer.png", dpi=130)
+
+    print("\n| pre-training | images | last loss (ln 64 = 4.16) | pretext top-1 |\n|---|---|---|---|")
+    for name, (_, _, log) in read("fractal-*.jsonl").items():
+        print(f"| {name} | {log[-1]['images']:,} | {log[-1]['loss']:.3f} | {log[-1]['top1']:.1f}% |")
+
+
+if __name__ == "__main__":
+    main()
