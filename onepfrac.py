@@ -138,7 +138,7 @@ def sample_ifs(num_maps, sigma, generator=None):
 ORBIT = 100      # plotted steps of each orbit
 BURN_IN = 30     # steps before, to reach the attractor from the origin; they are not plotted
 GREY = 127       # colour of a stamp
-POINTS_IN_FLIGHT = 3_000_000    # images are rendered in groups that hold this many points
+POINTS_IN_FLIGHT, PIXELS_IN_FLIGHT = 3_000_000, 2 ** 24    # of the images rendered as a group
 
 
 def map_sequence(probs, points, generator=None):
@@ -171,7 +171,7 @@ def chaos_game(maps, sequence, out=None):
 
 
 def rasterize(points, size, expands):
-    """Points (T, 2, K, B) -> which pixels they hit (B, size, size) uint8 0/1, y upwards.
+    """Points (T, 2, K, B) -> images (B, size, size) uint8, GREY where hit, y upwards.
 
     The bounding box is stretched to fill the canvas but for a margin of 6 pixels in 512. A system
     with a map that expands (B,) may throw a few points far out: its box follows the central 98% of
@@ -199,40 +199,40 @@ def rasterize(points, size, expands):
         if wild.any():
             inside = ((few >= low[:, None]) & (few <= high[:, None])).all(1)
             cell.masked_fill_(~inside, B * canvas)                  # a spare cell behind the last
-        hits[cell.view(-1)] = 1
+        hits[cell.view(-1)] = GREY
     return hits[:-1].view(B, size, size)
 
 
-def dilate(hits):
-    """Each hit grows to its 3x3 neighbourhood. (B, S, S) uint8 0/1 -> the same."""
-    rows = F.pad(hits, (1, 1, 1, 1))
+def dilate(images):
+    """Each lit pixel grows to its 3x3 neighbourhood: images (B, S, S) uint8 -> the same."""
+    rows = F.pad(images, (1, 1, 1, 1))
     rows = rows[:, :-2] | rows[:, 1:-1] | rows[:, 2:]
     return rows[:, :, :-2] | rows[:, :, 1:-1] | rows[:, :, 2:]
 
 
 def stamp(coverage, texture, generator=None):
-    """Coverage of `ifs_coverage` (B, S, S) 0/1 -> grey images uint8, generator on its device.
+    """Give whole stamps (B, S, S) their texture: images of `ifs_coverage` -> grey images uint8.
 
     The authors stamp each point with one of the 511 non-empty 3x3 masks, later stamps overwriting
     earlier ones. A covered pixel shows the bit of the last stamp on it, set in 256 of 511 masks:
     so the picture is the covered area times independent coin flips, and a fresh texture for an
-    image that is kept on the device costs one random mask.
+    image that is kept on the device costs one random mask. The generator is on its device.
     """
     if texture != "random":
-        return coverage * GREY
+        return coverage
     # Eight coins from each random byte: 1/2 for 256/511, and an eighth of the random numbers.
     images = torch.empty_like(coverage)
     bit = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8, device=images.device)
-    for image, some in zip(images.split(16), coverage.split(16)):   # pieces that stay in the cache
-        draw = torch.empty(some.numel() // 64 + 1, dtype=torch.int64, device=images.device)
+    for out, group in zip(images.split(16), coverage.split(16)):    # pieces that stay in the cache
+        draw = torch.empty(group.numel() // 64 + 1, dtype=torch.int64, device=images.device)
         draw = draw.random_(-2 ** 63, None, generator=generator).view(torch.uint8)
-        coin = (draw & bit[:, None]).view(-1)[:some.numel()].view_as(some)
-        torch.mul(some, (coin != 0).view(torch.uint8), out=image).mul_(GREY)
+        coin = (draw & bit[:, None]).view(-1)[:group.numel()].view_as(group) != 0
+        torch.mul(group, coin.view(torch.uint8), out=out)
     return images
 
 
 def ifs_coverage(maps, size, points, texture, probs=None, generator=None):
-    """Maps (L, N, 2, 3) -> pixels that stamps can reach (L, size, size) uint8 0/1, on maps.device.
+    """Maps (L, N, 2, 3) -> what whole stamps cover (L, size, size), 0 or GREY, on maps.device.
 
     probs (N,) are the map probabilities, by default in proportion to the mean |det A| of `maps`.
     (pre-training passes the unperturbed system's). The generator, on the CPU, draws the one map
@@ -243,7 +243,7 @@ def ifs_coverage(maps, size, points, texture, probs=None, generator=None):
     sequence = map_sequence(probs.clamp(min=1e-9), points, generator)
     coverage = torch.empty(len(maps), size, size, dtype=torch.uint8, device=maps.device)
     orbits = None
-    group = max(1, POINTS_IN_FLIGHT // max(points, size * size))
+    group = max(1, min(POINTS_IN_FLIGHT // points, PIXELS_IN_FLIGHT // size ** 2))
     for first in range(0, len(maps), group):
         members = maps[first:first + group]
         expands = (torch.linalg.svdvals(members[..., :2]) > 1).any(2).any(1)
@@ -312,14 +312,14 @@ def base_ifs(num_maps, sigma, seed, min_fill=0.2, tries=1000):
         maps = sample_ifs(num_maps, min(max(target, 1e-3), 3 * num_maps), generator)
         drawn = ifs_coverage(maps[None], 512, 100_000, "fill", None,
                              torch.Generator().manual_seed(seed))
-        if drawn.float().mean() >= min_fill:
+        if (drawn > 0).float().mean() >= min_fill:
             return maps
     raise InputError(f"--sigma {sigma}: none of {tries} draws of {num_maps} maps fills "
                      f"{min_fill:.0%} of the canvas; raise --sigma or --num-maps")
 
 
 def liep_images(base, delta, L, size, points, texture, noise, seed, device, min_fill=0.05):
-    """Render L points of the LIEP distribution -> coverage (L, size, size) 0/1, maps (L, N, 2, 3).
+    """Render L points of the LIEP distribution -> coverage (L, size, size), maps (L, N, 2, 3).
 
     Candidates come in one fixed order; those that light fewer than min_fill of the pixels are
     passed over, as the authors redraw them (random masks light half of what stamps cover). All
@@ -336,7 +336,7 @@ def liep_images(base, delta, L, size, points, texture, noise, seed, device, min_
         drawn += len(candidates)
         images = ifs_coverage(candidates.to(device), size, points, texture, probs,
                               torch.Generator().manual_seed(seed))
-        keep = lit * images.flatten(1).float().mean(1).cpu() >= min_fill
+        keep = lit * (images > 0).flatten(1).float().mean(1).cpu() >= min_fill
         kept_maps.append(candidates[keep])
         kept_images.append(images[keep.to(device)])
         found += int(keep.sum())

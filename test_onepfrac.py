@@ -211,7 +211,7 @@ def test_first_perturbations_do_not_depend_on_L():
         few, few_maps = op.liep_images(base, delta, 6, 64, 2000, "fill", "additive", 0, "cpu")
         many, many_maps = op.liep_images(base, delta, 25, 64, 2000, "fill", "additive", 0, "cpu")
         assert (many[:6] == few).all() and (many_maps[:6] == few_maps).all()
-        assert (many.float().mean((1, 2)) >= 0.05).all()
+        assert ((many > 0).float().mean((1, 2)) >= 0.05).all()
     other = op.liep_images(base, 0.1, 6, 64, 2000, "fill", "additive", 1, "cpu")[1]
     assert (other != few_maps).any()
 
@@ -615,7 +615,7 @@ def test_render_writes_a_folder_that_trains(tmp_path):
     base, fractal = op.base_ifs(2, 3.5, 32), json.loads((tmp_path / "x.json").read_text())
     maps = base + torch.tensor(fractal["eps"])
     drawn = op.ifs_coverage(maps, 32, 2000, "fill", base[:, :, :2].det().abs(), seeded(op.seed_for(0, "eps")))
-    assert all((np.array(dataset[i][0])[..., 0] == drawn[i].numpy() * 127).all() for i in range(12))
+    assert all((np.array(dataset[i][0])[..., 0] == drawn[i].numpy()).all() for i in range(12))
 
 
 def test_show_draws_the_figures(tmp_path):
