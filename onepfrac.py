@@ -223,8 +223,9 @@ def stamp(coverage, texture, generator=None):
     # Eight coins from each random byte: 1/2 for 256/511, and an eighth of the random numbers.
     images = torch.empty_like(coverage)
     bit = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8, device=images.device)
+    draws = 16 * coverage[0].numel() // 64 + 1                      # also for a short last group
     for out, group in zip(images.split(16), coverage.split(16)):    # pieces that stay in the cache
-        draw = torch.empty(group.numel() // 64 + 1, dtype=torch.int64, device=images.device)
+        draw = torch.empty(draws, dtype=torch.int64, device=images.device)
         draw = draw.random_(-2 ** 63, None, generator=generator).view(torch.uint8)
         coin = (draw & bit[:, None]).view(-1)[:group.numel()].view_as(group) != 0
         torch.mul(group, coin.view(torch.uint8), out=out)
@@ -234,8 +235,8 @@ def stamp(coverage, texture, generator=None):
 def ifs_coverage(maps, size, points, texture, probs=None, generator=None):
     """Maps (L, N, 2, 3) -> what whole stamps cover (L, size, size), 0 or GREY, on maps.device.
 
-    probs (N,) are the map probabilities, by default in proportion to the mean |det A| of `maps`.
-    (pre-training passes the unperturbed system's). The generator, on the CPU, draws the one map
+    probs (N,) are the map probabilities, by default in proportion to the mean |det A| of `maps`;
+    pre-training passes the unperturbed system's. The generator, on the CPU, draws the one map
     sequence of all images.
     """
     if probs is None:
@@ -327,20 +328,20 @@ def liep_images(base, delta, L, size, points, texture, noise, seed, device, min_
     """
     generator = torch.Generator().manual_seed(seed)
     probs, lit = base[:, :, :2].det().abs(), 0.5 if texture == "random" else 1.0
-    kept_maps, kept_images, drawn, found = [], [], 0, 0
+    images = torch.empty(L, size, size, dtype=torch.uint8, device=device)
+    maps, drawn, found = base.new_empty(L, *base.shape), 0, 0
     while found < L:
-        if drawn >= 20 * L + 100:
+        if drawn >= 20 * L + 1000:
             raise InputError(f"--delta {delta}: only {found} of {drawn} perturbed systems give an "
                              f"image that is filled {min_fill:.0%}; lower --delta, raise --points")
-        candidates = perturb(base, delta, L - found, generator, noise)
+        candidates = perturb(base, delta, min(L - found, 250), generator, noise)
         drawn += len(candidates)
-        images = ifs_coverage(candidates.to(device), size, points, texture, probs,
-                              torch.Generator().manual_seed(seed))
-        keep = lit * (images > 0).flatten(1).float().mean(1).cpu() >= min_fill
-        kept_maps.append(candidates[keep])
-        kept_images.append(images[keep.to(device)])
-        found += int(keep.sum())
-    return torch.cat(kept_images), torch.cat(kept_maps)
+        covered = ifs_coverage(candidates.to(device), size, points, texture, probs,
+                               torch.Generator().manual_seed(seed))
+        keep = lit * (covered > 0).flatten(1).float().mean(1).cpu() >= min_fill
+        new = slice(found, found + int(keep.sum()))
+        images[new], maps[new], found = covered[keep.to(device)], candidates[keep], new.stop
+    return images, maps
 
 
 # ==================================================================================================
@@ -1277,42 +1278,43 @@ def render(args, team):
 
 
 def show(args, team):
-    """Draw the paper's Fig. 2b (rows of delta, and the average image) and Fig. 2c (sigma)."""
+    """Draw the paper's Fig. 2b (rows of delta, their average) and Fig. 2c (columns of sigma)."""
     from matplotlib.figure import Figure
     from torchvision.utils import make_grid
-    columns, out = 8, Path(args.out)
+    out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
 
     def draw(name, title, rows):
-        figure = Figure(figsize=(columns + 0.5, len(rows) + 0.4), layout="constrained")
+        columns = max(len(images) for _, images in rows)
+        figure = Figure(figsize=(columns, len(rows) + 0.4), layout="constrained")
         for axis, (label, images) in zip(figure.subplots(len(rows), 1), rows):
             strip = make_grid(images[:, None].float() / (2 * GREY), columns, pad_value=1)
             axis.imshow(strip.permute(1, 2, 0).cpu())
             axis.set(xticks=[], yticks=[])
             axis.set_ylabel(label, rotation=0, ha="right", va="center")
         figure.suptitle(title)
-        figure.savefig(out / name, dpi=150)
+        figure.savefig(out / name, dpi=150, bbox_inches="tight")
         print(out / name)
 
-    def texture(coverage):
+    def textured(coverage):
         return stamp(coverage, args.texture, torch.Generator(team.device).manual_seed(args.seed))
 
-    base, rows = base_ifs(args.num_maps, args.sigma, args.fractal_seed), []
-    for delta in (0.001, 0.01, 0.05, 0.1, 0.2, 1.0):
-        args.delta, args.L = delta, 100
-        images = texture(fractal_images(args, team.device)[2])
-        mean = images.float().mean(0, keepdim=True).to(images.dtype)
-        rows.append((f"$\\Delta$ = {delta:g}", torch.cat([images[:columns - 1], mean])))
-    draw("fig2b.png", f"{columns - 1} of 100 perturbations, and the average of all 100", rows)
-
     rows = []
-    for sigma in (3.5, 4.0, 4.5, 5.0, 6.0):
-        systems = [base_ifs(args.num_maps, sigma, seed)
-                   for seed in range(args.fractal_seed, args.fractal_seed + columns)]
-        rows.append((f"$\\sigma$ = {sigma:g}", torch.cat([texture(ifs_coverage(
-            maps[None].to(team.device), args.canvas, args.points, args.texture,
+    for args.delta in (0.001, 0.01, 0.05, 0.1, 0.2, 1.0):
+        args.L = 100
+        images = textured(fractal_images(args, team.device)[2])
+        mean = images.float().mean(0, keepdim=True).to(images.dtype)
+        rows.append((f"$\\Delta$ = {args.delta:g}", torch.cat([images[:7], mean])))
+    draw("fig2b.png", "7 of 100 perturbations, and the average of all 100", rows)
+
+    rows, sigmas = [], (3.5, 4.0, 4.5, 5.0, 6.0)
+    for seed in range(args.fractal_seed, args.fractal_seed + 4):
+        systems = [base_ifs(args.num_maps, sigma, seed).to(team.device) for sigma in sigmas]
+        rows.append((f"fractal {seed}", torch.cat([textured(ifs_coverage(
+            maps[None], args.canvas, args.points, args.texture,
             generator=torch.Generator().manual_seed(0))) for maps in systems])))
-    draw("fig2c.png", f"{columns} systems from --fractal-seed {args.fractal_seed} on", rows)
+    draw("fig2c.png", "$\\sigma$ = " + ", ".join(f"{sigma:g}" for sigma in sigmas), rows)
+
 
 # ==================================================================================================
 # 10 · Flags

@@ -3,6 +3,7 @@
     python -m pytest -q
 """
 import argparse
+import inspect
 import json
 import math
 import os
@@ -212,6 +213,7 @@ def test_first_perturbations_do_not_depend_on_L():
         many, many_maps = op.liep_images(base, delta, 25, 64, 2000, "fill", "additive", 0, "cpu")
         assert (many[:6] == few).all() and (many_maps[:6] == few_maps).all()
         assert ((many > 0).float().mean((1, 2)) >= 0.05).all()
+    assert (op.stamp(many, "random", seeded(4))[:6] == op.stamp(few, "random", seeded(4))).all()
     other = op.liep_images(base, 0.1, 6, 64, 2000, "fill", "additive", 1, "cpu")[1]
     assert (other != few_maps).any()
 
@@ -513,6 +515,36 @@ def test_balanced_subset_is_fixed_balanced_and_holds_out_training_images():
     assert set(op.balanced_subset(labels, 20)[0].tolist()) <= set(again.tolist())
     with pytest.raises(op.InputError, match="--train-per-class 200"):
         op.balanced_subset(labels, 200)
+
+
+def test_named_datasets_exist_in_torchvision_with_these_arguments():
+    from torchvision import datasets
+    for kind, *splits in op.DATASETS.values():
+        known = inspect.signature(getattr(datasets, kind)).parameters
+        for split in splits:
+            assert {"root", "download", *split} <= set(known)
+
+
+def test_named_dataset_is_found_or_downloaded_and_split_if_it_must_be(tmp_path, monkeypatch):
+    from torchvision import datasets
+    calls = []
+
+    class Fake(torch.utils.data.Dataset):
+        def __init__(self, root, download=False):
+            calls.append(download)
+            if not download:
+                raise RuntimeError("Dataset not found")
+            self.targets = list(range(10)) * 5
+
+        def __len__(self):
+            return 50
+
+    monkeypatch.setattr(datasets, "EuroSAT", Fake)
+    train, test = op.open_datasets("eurosat", tmp_path)
+    assert calls == [False, True, True] and (len(train), len(test)) == (40, 10)
+    assert not set(train.indices) & set(test.indices) and op.labels_of(train).bincount().sum() == 40
+    again, _ = op.open_datasets("eurosat", tmp_path)
+    assert again.indices == train.indices
 
 
 def test_schedule_and_weight_decay():
