@@ -364,12 +364,12 @@ def resample_matrix(start, length, size_in, size_out, flip):
     centre = start[:, None] + grid * scale
     centre = torch.where(flip[:, None], centre.flip(1), centre)     # (B, out)
     pixel = torch.arange(size_in, device=start.device) + 0.5
-    d = ((pixel - centre[..., None]) / scale.clamp(min=1)[..., None]).abs()   # (B, out, in)
-    near = (1.5 * d - 2.5) * d * d + 1
-    far = ((-0.5 * d + 2.5) * d - 4) * d + 2
-    weight = torch.where(d < 1, near, far) * (d < 2)
+    d = (pixel - centre[..., None]).mul_(1 / scale.clamp(min=1)[..., None]).abs_()  # (B, out, in)
+    # With u = max(2 - d, 0) and v = max(1 - d, 0) the kernel's two pieces are one polynomial.
+    u, v = (2 - d).clamp_(min=0), (1 - d).clamp_(min=0)
+    weight = (u - 1).mul_(u).mul_(u).mul_(0.5).add_((1 - 2 * v).mul_(v).mul_(v))
     weight *= (pixel > start[:, None, None]) & (pixel < (start + length)[:, None, None])
-    return weight / weight.sum(2, keepdim=True)
+    return weight.div_(weight.sum(2, keepdim=True))
 
 
 def random_boxes(B, size, scale, ratio, generator, device, tries=10):
@@ -1030,7 +1030,8 @@ def train(args, team, model, batches, augment, steps, checkpoint=None, test=None
     tick = time.perf_counter()
     for step, (images, labels) in zip(range(start, steps), batches(start)):
         key = seed_for(args.seed, "step", step, team.rank)
-        torch.manual_seed(key)                                      # drop path
+        if args.drop_path:                                          # its masks are torch's default
+            torch.manual_seed(key)
         augment.generator.manual_seed(key ^ 1)
         x, target = augment(images, labels)
         if step == 0 and lead:
