@@ -12,7 +12,7 @@ cd "$(dirname "$0")"
 python=${PYTHON:-python3}
 data=${DATA:---data cifar100}
 seeds="0 1 2"
-rates=${RATES:-0.05 0.1 0.2}
+rates=${RATES:-0.05 0.1 0.2 0.4}
 subset="--train-per-class 250 --eval-epochs 2"
 
 once() {    # once COMMAND FOLDER FLAGS: run, or go on with, the run in that folder

@@ -41,8 +41,8 @@ def main():
     print("| learning rate | held out, from the fractal | held out, from scratch |\n|---|---|---|")
     rates = sorted({run[0]["lr"] for run in read("choose-*.jsonl").values()})
     for lr in rates:
-        row = [f"{read(f'choose-{arm}-{lr:g}.jsonl')[f'choose-{arm}-{lr:g}'][1][-1]['test_top1']:.2f}"
-               for arm in ("fractal", "scratch")]
+        runs = [read(f"choose-{arm}-{lr:g}.jsonl").get(f"choose-{arm}-{lr:g}") for arm in ("fractal", "scratch")]
+        row = ["%.2f" % run[1][-1]["test_top1"] if run else "not run" for run in runs]
         print(f"| {lr:g} | {' | '.join(row)} |")
 
     print("\n| CIFAR-100 test set | seeds 0, 1, 2 | top-1, mean (spread) | top-5 | best epoch |\n|---|---|---|---|---|")
