@@ -42,7 +42,7 @@ RECIPES = {
             augment="crop aspect", crop_scale=(0.1, 1.0), smoothing=0.0),
         finetune=dict(
             epochs=8, batch_size=64,
-            optimizer="sgd", lr=0.05, weight_decay=1e-4, warmup=0.05, clip_grad=1.0,
+            optimizer="sgd", lr=0.1, weight_decay=1e-4, warmup=0.05, clip_grad=1.0,
             augment="crop aspect flip", crop_scale=(0.4, 1.0), smoothing=0.0)),
     "small": dict(                                      # one GPU and minutes
         model="vit_tiny", img_size=32, patch_size=4, drop_path=0.0,
