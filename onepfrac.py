@@ -11,9 +11,13 @@ ECCV 2024). One idea holds the file together:
     python onepfrac.py finetune                                 # the same from scratch
     python onepfrac.py show                                     # the paper's Figs. 2b and 2c
 
+Measured (README): eight epochs of CIFAR-100, 250 images a class, end at 29.9% from the fractal and
+at 24.0% from scratch (means of three seeds), after about eight minutes on two CPU cores.
+
 Read it from top to bottom: 1 iterated function systems, 2 the renderer, 3 the LIEP distribution
 and the LPCE loss, 5 augmentation, 6 the ViT, 7 downstream data, 8 training, 9 commands, 10 flags.
-Sections 1, 2, 3, 5 and 6 need torch alone and nothing from one another, so each can be copied.
+Sections 1, 2, 5, 6, and `perturb` and `lpce_loss` of 3, need torch and the standard library and
+nothing from one another, so each can be copied.
 """
 import argparse
 import functools
