@@ -916,6 +916,7 @@ def pick_precision(device):
 
 
 def autocast(device, precision):
+    """The context of a forward pass in "bf16" or "fp32"."""
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
 
 
@@ -1350,6 +1351,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def make_parser():
+    """All commands and flags; a number whose default is None comes from the recipe (`resolve`)."""
     parser = Parser(prog="onepfrac.py", description=__doc__.split("\n\n")[0], allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     whole, rate = functools.partial(number, int), functools.partial(number, float)
