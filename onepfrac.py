@@ -24,6 +24,8 @@ import functools
 import json
 import math
 import os
+import platform
+import subprocess
 import sys
 import time
 import zlib
@@ -145,14 +147,22 @@ GREY = 127       # colour of a stamp
 POINTS_IN_FLIGHT, PIXELS_IN_FLIGHT = 3_000_000, 2 ** 24    # of the images rendered as a group
 
 
-def map_sequence(probs, points, generator=None):
-    """The random choices of the chaos game, shared by all images: (steps, K) map indices.
+def map_sequence(probs, draws):
+    """The maps j (steps, K) that uniform numbers `draws` (steps, K) choose with probs (N,)."""
+    ends = probs.cpu().double().cumsum(0)
+    return torch.searchsorted(ends / ends[-1], draws, right=True)
 
-    K orbits of BURN_IN + ORBIT steps give at least `points` points to plot. probs: (N,).
+
+def common_maps(maps, probs):
+    """Let B systems with probabilities of their own share a sequence: cut [0, 1) wherever one of
+    them changes its map. maps (B, N, 2, 3), probs (B, N) -> maps (B, I, 2, 3), probs (I,).
     """
-    orbits, steps = -(-points // ORBIT), BURN_IN + ORBIT
-    draws = torch.multinomial(probs.cpu().double(), steps * orbits, True, generator=generator)
-    return draws.view(steps, orbits)
+    ends = probs.cpu().double().cumsum(1)
+    ends = ends / ends[:, -1:]                                      # (B, N), the last is 1
+    cuts = ends.unique()
+    widths = cuts.diff(prepend=cuts.new_zeros(1))
+    j = torch.searchsorted(ends, (cuts - widths / 2).repeat(len(maps), 1))      # (B, I)
+    return maps[torch.arange(len(maps))[:, None], j.to(maps.device)], widths
 
 
 def chaos_game(maps, sequence, out=None):
@@ -174,15 +184,16 @@ def chaos_game(maps, sequence, out=None):
     return out
 
 
-def rasterize(points, size, expands):
-    """Points (T, 2, K, B) -> images (B, size, size) uint8, GREY where hit, y upwards.
+def bounding_box(points, expands, trim=True):
+    """Corners low, high (2, B) of points (T, 2, K, B), and whether any point may lie outside.
 
-    The bounding box is stretched to fill the canvas but for a margin of 6 pixels in 512. A system
-    with a map that expands (B,) may throw a few points far out: its box follows the central 98% of
-    the points where the full one is over twice as large, and what lies outside is not drawn.
+    A system with a map that expands (B,) may throw a few points far out: with trim its box follows
+    the central 98% of the points where the full one is over twice as large.
     """
     K, B = points.shape[2:]
     low, high = points.amin(0).amin(1), points.amax(0).amax(1)      # (2, B), NaN if a point is
+    if not trim:
+        return low, high, True
     wild = expands.new_zeros(B)
     if expands.any():
         sample = points[:, :, ::max(1, K // 20)]                    # enough for two quantiles
@@ -190,7 +201,16 @@ def rasterize(points, size, expands):
         core = torch.quantile(sample, sample.new_tensor([0.01, 0.99]), dim=2)   # (2, 2, B)
         wild = expands & ~(high - low <= 2 * (core[1] - core[0]))   # true for NaN as well
         low, high = torch.where(wild, core[0], low), torch.where(wild, core[1], high)
+    return low, high, bool(wild.any())
 
+
+def rasterize(points, size, low, high, clip):
+    """Points (T, 2, K, B) -> images (B, size, size) uint8, GREY where hit, y upwards.
+
+    The box from low to high (2, B) is stretched to fill the canvas but for a margin of 6 pixels in
+    512; clip says whether points may lie outside, which are not drawn.
+    """
+    B = points.shape[3]
     margin, canvas = max(1, 6 * size // 512), size * size
     scale = (size - 1 - 2 * margin) / (high - low).clamp(min=1e-6)
     corner = torch.stack([low[0], high[1]])[:, None]                # (2, 1, B), the upper left one
@@ -200,7 +220,7 @@ def rasterize(points, size, expands):
     for few in points.split(10):                                    # pieces that stay in the cache
         pixel = (few - corner).mul_(scale).add_(margin + 0.5).floor_()          # (10, 2, K, B)
         cell = torch.add(pixel[:, 0], pixel[:, 1], alpha=size).long().add_(image)
-        if wild.any():
+        if clip:
             inside = ((few >= low[:, None]) & (few <= high[:, None])).all(1)
             cell.masked_fill_(~inside, B * canvas)                  # a spare cell behind the last
         hits[cell.view(-1)] = GREY
@@ -236,24 +256,31 @@ def stamp(coverage, texture, generator=None):
     return images
 
 
-def ifs_coverage(maps, size, points, texture, probs=None, generator=None):
+def ifs_coverage(maps, size, points, texture, probs=None, generator=None, trim=True):
     """Maps (L, N, 2, 3) -> what whole stamps cover (L, size, size), 0 or GREY, on maps.device.
 
-    probs (N,) are the map probabilities, by default in proportion to the mean |det A| of `maps`;
-    pre-training passes the unperturbed system's. The generator, on the CPU, draws the one map
-    sequence of all images.
+    probs: the map probabilities of all systems (N,) or of each (L, N), by default in proportion to
+    the mean |det A| of `maps`; pre-training passes the unperturbed system's. The generator, on the
+    CPU, draws the numbers that choose the maps of all images: K orbits of BURN_IN + ORBIT steps.
     """
     if probs is None:
         probs = maps[..., :2].det().abs().mean(0)
-    sequence = map_sequence(probs.clamp(min=1e-9), points, generator)
+    probs = probs.clamp(min=1e-9)
+    draws = torch.rand(BURN_IN + ORBIT, -(-points // ORBIT), generator=generator,
+                       dtype=torch.float64)
     coverage = torch.empty(len(maps), size, size, dtype=torch.uint8, device=maps.device)
+    sequence = map_sequence(probs, draws) if probs.ndim == 1 else None
     orbits = None
     group = max(1, min(POINTS_IN_FLIGHT // points, PIXELS_IN_FLIGHT // size ** 2))
     for first in range(0, len(maps), group):
         members = maps[first:first + group]
-        expands = (torch.linalg.svdvals(members[..., :2]) > 1).any(2).any(1)
+        square, det = members[..., :2].square().sum((2, 3)), members[..., :2].det()
+        expands = ((square > 1 + det ** 2) | (square > 2)).any(1)   # a singular value above 1
+        if probs.ndim == 2:
+            members, shared = common_maps(members, probs[first:first + group])
+            sequence = map_sequence(shared, draws)
         orbits = chaos_game(members, sequence, orbits)
-        hits = rasterize(orbits, size, expands)
+        hits = rasterize(orbits, size, *bounding_box(orbits, expands, trim))
         coverage[first:first + group] = hits if texture == "point" else dilate(hits)
     return coverage
 
@@ -266,9 +293,9 @@ def render_ifs(maps, size=512, points=100_000, texture="random", generator=None,
     attractor give blank or nearly blank images, never NaN. Raises ValueError on bad arguments.
     """
     if maps.ndim != 4 or maps.shape[2:] != (2, 3) or not len(maps) or size < 8 or points < 1 \
-            or (probs is not None and probs.shape != maps.shape[1:2]):
-        raise ValueError(f"need maps (L, N, 2, 3) with L >= 1, probs (N,), size >= 8, points >= 1; "
-                         f"got {tuple(maps.shape)}, {probs}, {size}, {points}")
+            or (probs is not None and probs.shape not in (maps.shape[:2], maps.shape[1:2])):
+        raise ValueError(f"need maps (L, N, 2, 3) with L >= 1, probs (N,) or (L, N), size >= 8, "
+                         f"points >= 1; got {tuple(maps.shape)}, {probs}, {size}, {points}")
     if texture not in ("random", "fill", "point"):
         raise ValueError(f"texture must be random, fill or point, got {texture!r}")
     coverage = ifs_coverage(maps, size, points, texture, probs, generator)
@@ -323,29 +350,345 @@ def base_ifs(num_maps, sigma, seed, min_fill=0.2, tries=1000):
                      f"{min_fill:.0%} of the canvas; raise --sigma or --num-maps")
 
 
-def liep_images(base, delta, L, size, points, texture, noise, seed, device, min_fill=0.05):
-    """Render L points of the LIEP distribution -> coverage (L, size, size), maps (L, N, 2, 3).
+def filled(images, background=0):
+    """The share of pixels of each image (B, S, S) that are not background -> (B,) on the CPU."""
+    return (images != background).flatten(1).float().mean(1).cpu()
 
-    Candidates come in one fixed order; those that light fewer than min_fill of the pixels are
-    passed over, as the authors redraw them (random masks light half of what stamps cover). All
-    images share one map sequence and the unperturbed map probabilities.
+
+def liep_maps(base, delta, L, noise, seed, render, min_fill=0.05):
+    """L systems of the LIEP distribution -> maps (L, N, 2, 3).
+
+    Candidates come in one fixed order; those whose picture, by render(maps), is filled less than
+    min_fill are passed over, as the authors redraw them.
     """
-    generator = torch.Generator().manual_seed(seed)
-    probs, lit = base[:, :, :2].det().abs(), 0.5 if texture == "random" else 1.0
-    images = torch.empty(L, size, size, dtype=torch.uint8, device=device)
-    maps, drawn, found = base.new_empty(L, *base.shape), 0, 0
+    generator, kept, drawn, found = torch.Generator().manual_seed(seed), [], 0, 0
     while found < L:
         if drawn >= 20 * L + 1000:
             raise InputError(f"--delta {delta}: only {found} of {drawn} perturbed systems give an "
                              f"image that is filled {min_fill:.0%}; lower --delta, raise --points")
         candidates = perturb(base, delta, min(L - found, 250), generator, noise)
-        drawn += len(candidates)
-        covered = ifs_coverage(candidates.to(device), size, points, texture, probs,
-                               torch.Generator().manual_seed(seed))
-        keep = lit * (covered > 0).flatten(1).float().mean(1).cpu() >= min_fill
-        new = slice(found, found + int(keep.sum()))
-        images[new], maps[new], found = covered[keep.to(device)], candidates[keep], new.stop
-    return images, maps
+        kept.append(candidates[filled(render(candidates)) >= min_fill])
+        drawn, found = drawn + len(candidates), found + len(kept[-1])
+    return torch.cat(kept)
+
+
+# ==================================================================================================
+# 4 · Image sources: what a class is, and how it is drawn
+#
+# A source has labels (n,) and batches(index_lists), which yields uint8 images and their labels.
+# Nearly all draw an image from theta, and theta + eps is either a class of its own (LPCE, L of
+# them) or, with several categories, theta is the class and its instances are variations:
+#
+#     FractalDB: C categories x M instances    OFDB: C x 1    1p-frac: 1 category, L perturbations
+#
+# Contours, noise and one warped photograph are other thetas with other ways to draw them.
+# ==================================================================================================
+
+class Drawn:
+    """A source of n images that draw(i) makes on the device from indices i (B,): uint8 (B, S, S) or
+    (B, 3, S, S). What fits into ON_DEVICE_BYTES is drawn once and kept, else again at every step.
+
+    dots: the images are 0 or GREY and take a texture. theta: numbers to keep beside the run.
+    """
+
+    def __init__(self, labels, draw, device, dots=False, **theta):
+        self.labels, self.draw, self.dots, self.theta = labels.to(device), draw, dots, theta
+        first = draw(torch.arange(1))
+        self.stored = len(labels) * first[0].numel() <= ON_DEVICE_BYTES
+        if self.stored:
+            self.images = torch.cat([draw(i) for i in torch.arange(len(labels)).split(1000)])
+
+    def __len__(self):
+        return len(self.labels)
+
+    def batches(self, index_lists):
+        for i in index_lists:
+            images = self.images[i.to(self.labels.device)] if self.stored else self.draw(i)
+            yield images, self.labels[i.to(self.labels.device)]
+
+
+def fractaldb_maps(C, seed, min_fill=0.2):
+    """C random categories -> maps (C, 7, 2, 3), probs (C, 7), zero beyond a category's 2 to 7 maps.
+
+    All six numbers U(-1, 1); kept where 100,000 points light min_fill of a 512 canvas over their
+    whole bounding box, which systems that scatter do not. One fixed order of candidates. Kataoka et al., Pre-training without Natural Images (ACCV 2020).
+    """
+    generator, kept = torch.Generator().manual_seed(seed), []
+    while len(kept) < C:
+        maps = 2 * torch.rand(50, 7, 2, 3, generator=generator) - 1
+        used = torch.arange(7) < torch.randint(2, 8, (50, 1), generator=generator)
+        probs = maps[..., :2].det().abs() * used
+        fill = filled(ifs_coverage(maps, 512, 100_000, "point", probs,
+                                   torch.Generator().manual_seed(seed), trim=False))
+        kept += [(m, p) for m, p, f in zip(maps, probs, fill) if f >= min_fill]
+    maps, probs = zip(*kept[:C])
+    return torch.stack(maps), torch.stack(probs)
+
+
+def fractal_source(args, device):
+    """1p-frac, or FractalDB and OFDB with several categories."""
+    seed = seed_for(args.seed, "eps")
+
+    def cover(maps, probs):
+        return ifs_coverage(maps.to(device), args.canvas, args.points, args.texture, probs,
+                            torch.Generator().manual_seed(seed))
+
+    if args.categories == 1:
+        base = base_ifs(args.num_maps, args.sigma, args.fractal_seed)
+        probs = base[:, :, :2].det().abs()      # of the unperturbed system, for all
+        lit = 0.5 if args.texture == "random" else 1.0      # of what stamps cover
+        maps = liep_maps(base, args.delta, args.L, args.noise, seed,
+                         lambda maps: cover(maps, probs), 0.05 / lit)
+        return Drawn(torch.arange(args.L), lambda i: cover(maps[i], probs), device, dots=True,
+                     sigma=sigma_factor(base).item(), base=base, eps=maps - base)
+
+    maps, probs = fractaldb_maps(args.categories, args.fractal_seed)
+    # An instance: one of 25 weightings of a parameter in all maps, of 4 flips, of 10 textures.
+    weights = torch.ones(25, 6)
+    for k in range(24):
+        weights[k + 1, k // 4] = (0.2, 0.6, 1.4, 1.8)[k % 4]
+
+    def draw(i):
+        category, m = i // args.instances, i % args.instances
+        images = cover(maps[category] * weights[m % 25].view(-1, 1, 2, 3), probs[category])
+        for axis, flipped in ((1, m // 25 % 2 == 1), (2, m // 50 % 2 == 1)):
+            images[flipped.to(device)] = images[flipped.to(device)].flip(axis)
+        return images
+
+    labels = torch.arange(args.categories).repeat_interleave(args.instances)
+    return Drawn(labels, draw, device, dots=True, maps=maps, probs=probs)
+
+
+def cloud_source(args, device):
+    """Table 4: a cloud of Gaussian or uniform noise, whose mean and covariance, or bounds, move.
+
+    Nothing is published about their figures. Here: N(0, I) in a window of +-3, or U(-1, 1)^2 in
+    one of +-1.5, the same random numbers for all images, in the fractals' stamps.
+    """
+    gaussian = args.source == "gaussian"
+    base = torch.tensor([[0., 1, 0], [0, 0, 1]] if gaussian else [[-1., 1], [-1, 1]])
+    theta = perturb(base, args.delta, args.L, torch.Generator().manual_seed(
+        seed_for(args.seed, "eps")), args.noise)
+    generator = torch.Generator().manual_seed(args.fractal_seed)
+    shape = (ORBIT, 2, -(-args.points // ORBIT), 1)
+    unit = (torch.randn if gaussian else torch.rand)(shape, generator=generator).to(device)
+    group = max(1, POINTS_IN_FLIGHT // args.points)
+
+    def draw(i):
+        images = []
+        for some in theta[i].split(group):
+            if gaussian:                        # z -> mean + C^(1/2) z
+                covariance = (some[:, :, 1:] + some[:, :, 1:].mT) / 2
+                value, vector = torch.linalg.eigh(covariance)
+                root = vector * value.clamp(min=0).sqrt()[:, None] @ vector.mT
+                points = torch.einsum("bij,tjk->tikb", root.to(device), unit[..., 0]).contiguous()
+                points += some[:, :, 0].T[:, None].to(device)
+            else:
+                low, high = some.permute(2, 1, 0)[:, :, None].to(device)        # (2, 1, B) each
+                points = low + (high - low) * unit
+            edge = points.new_full((2, len(some)), 3 if gaussian else 1.5)
+            hits = rasterize(points, args.canvas, -edge, edge, clip=True)
+            images.append(hits if args.texture == "point" else dilate(hits))
+        return torch.cat(images)
+
+    return Drawn(torch.arange(args.L), draw, device, dots=True, base=base, eps=theta - base)
+
+
+def gradient_noise(shape, generator):
+    """1-D Perlin noise at random positions, as the contours' authors sample it."""
+    slope = torch.randint(1, 9, (2, *shape), generator=generator).float()
+    slope *= torch.randint(0, 2, (2, *shape), generator=generator) * 2 - 1
+    f = torch.rand(shape, generator=generator)
+    fade = f ** 3 * (f * (6 * f - 15) + 10)
+    return 0.4 * torch.lerp(slope[0] * f, slope[1] * (f - 1), fade)
+
+
+def contour(kind, seed, category, instance):
+    """One image of nested polygons -> offsets (P, V, 2) from a centre (2,), greys (P,).
+
+    Pixels of a 512 canvas. From one of the P polygons to the next each vertex moves outwards by
+    noise, and by two sine waves in a Visual Atom. Numbers of masora1030/CVPR2022-Pretrained-ViT-
+    PyTorch (make_rcdb.py) and masora1030/CVPR2023-FDSL-on-VisualAtom (render_VisualAtom.py).
+    """
+    def uniform(generator, low, high, *shape):
+        return low + (high - low) * torch.rand(shape, generator=generator)
+
+    def whole(generator, low, high, *shape):
+        return torch.randint(low, high + 1, shape, generator=generator)
+
+    shared = torch.Generator().manual_seed(seed_for(seed, kind, category))
+    own = torch.Generator().manual_seed(seed_for(seed, kind, category, instance))
+    rcdb, V, P = kind == "rcdb", 0, int(whole(shared, 1, 200))
+    while rcdb and not 3 <= V <= 200:
+        V = int(-100 * uniform(shared, 0, 1).log())
+    V = V or int(whole(shared, 200, 1000))
+    c = uniform(shared, 0, 4) if rcdb else uniform(shared, 2, 6)
+    step = uniform(shared, 0, 0.1 if rcdb else 0.01)
+    waves = whole(shared, 0, 20, 2, 1).float()
+    shape = own if rcdb else shared             # RCDB varies the ellipse within a category
+    radius = whole(shape, 0, 100 if rcdb else 50) * uniform(shape, 1, 2, 2)     # (2,), x and y
+    centre = uniform(own, 56, 456, 2) if rcdb else uniform(own, 0, 512, 2)
+
+    angle = torch.arange(V) * (2 * math.pi / V)
+    grow = c + step - c * (2 if rcdb else 1) * gradient_noise((P, V, 2), own)
+    if not rcdb:
+        grow += 0.5 * (waves * angle).sin().sum(0)[:, None]
+    offsets = torch.stack([angle.cos(), angle.sin()], 1) * (radius + grow.cumsum(0))
+    return offsets, centre, whole(own, 0, 255, P).to(torch.uint8)
+
+
+def draw_contours(corners, greys, size, background):
+    """Closed lines, 1 pixel wide, later ones over earlier ones: corners (B, P, V, 2) in pixels,
+    x and y, and greys (B, P) uint8 -> images (B, size, size) uint8.
+    """
+    B, P = greys.shape
+    image = torch.arange(B, device=corners.device)[:, None, None] * size ** 2
+    canvas = torch.full((B * size ** 2 + 1,), background, dtype=torch.uint8, device=corners.device)
+    along = corners.roll(-1, 2) - corners                           # (B, P, V, 2)
+    visible = ((corners > -size) & (corners < 2 * size)).all(3) & (along.abs() < size).all(3)
+    longest = (along.abs().amax(3) * visible).amax((0, 2)).ceil().clamp(min=1).int().tolist()
+    for p in range(P):                          # one grey each, so the order of writes is settled
+        t = torch.arange(longest[p], device=corners.device) / longest[p]
+        x, y = (corners[:, p, :, None] + along[:, p, :, None] * t[:, None]).floor().unbind(3)
+        inside = (x >= 0) & (x < size) & (y >= 0) & (y < size)
+        cell = torch.where(inside, y * size + x, 0).long() + image              # (B, V, t)
+        cell = torch.where(inside, cell, B * size ** 2)
+        canvas[cell] = greys[:, p, None, None].expand(cell.shape)
+    return canvas[:-1].view(B, size, size)
+
+
+def contour_source(args, device):
+    """Table 3: RCDB's nested polygons on white, or Visual Atoms' waves on black.
+
+    One category: its first draw that fills a fifth of the canvas, and eps scales the radii of each
+    polygon by 1 + eps, the perturbation that the paper names without a formula.
+    """
+    kind, background = args.source, 255 * (args.source == "rcdb")
+
+    def draw(contours, scale=torch.ones(1, 1)):     # scale (B, P)
+        offsets, centre, greys = (torch.stack(t).to(device) for t in zip(*contours))
+        corners = centre[:, None, None] + offsets * scale.to(device)[:, :, None, None]
+        return draw_contours(corners * (args.canvas / 512), greys.expand(len(corners), -1),
+                             args.canvas, background)
+
+    if args.categories > 1:
+        def draw_instances(i):
+            return torch.cat([draw([contour(kind, args.fractal_seed, *divmod(k, args.instances))])
+                              for k in i.tolist()])
+        labels = torch.arange(args.categories).repeat_interleave(args.instances)
+        return Drawn(labels, draw_instances, device)
+
+    base = next(b for b in (contour(kind, args.fractal_seed, c, 0) for c in range(10 ** 9))
+                if filled(draw([b]), background) >= 0.2)
+    ones = torch.ones(len(base[0]))
+    scale = perturb(ones, args.delta, args.L, torch.Generator().manual_seed(
+        seed_for(args.seed, "eps")), args.noise)
+
+    def draw_scaled(i):
+        return torch.cat([draw([base], some) for some in scale[i].split(16)])
+    return Drawn(torch.arange(args.L), draw_scaled, device, base=base[0], eps=scale - ones)
+
+
+def canny(image, low=100, high=200):
+    """Canny's edges: grey image (S, S) uint8 -> (S, S) uint8, 0 or 255.
+
+    Gaussian smoothing (5x5, sigma 1.1), Sobel gradients with |g| = |gx| + |gy|, non-maximum
+    suppression in four directions, then edges above `low` that touch one above `high` through
+    other edges (hysteresis). But for the smoothing, pixel for pixel cv2.Canny.
+    """
+    from torchvision.transforms.functional import gaussian_blur
+    x = F.pad(gaussian_blur(image[None], 5).float()[None], (1, 1, 1, 1), "replicate")
+    sobel = x.new_tensor([[-1., 0, 1], [-2, 0, 2], [-1, 0, 1]])
+    gx, gy = F.conv2d(x, torch.stack([sobel, sobel.T])[:, None])[0]
+    strength = gx.abs() + gy.abs()
+    around = F.pad(strength, (1, 1, 1, 1))
+
+    def beside(dy, dx):                         # the strength of the neighbour there
+        return around[1 + dy:around.shape[0] - 1 + dy, 1 + dx:around.shape[1] - 1 + dx]
+
+    flat = gy.abs() < math.tan(math.pi / 8) * gx.abs()              # the gradient is horizontal
+    steep = gy.abs() > math.tan(3 * math.pi / 8) * gx.abs()
+    falling = gx * gy >= 0                      # towards the lower right, or the upper left
+    thin = torch.where(
+        flat, (strength > beside(0, -1)) & (strength >= beside(0, 1)), torch.where(
+            steep, (strength > beside(-1, 0)) & (strength >= beside(1, 0)), torch.where(
+                falling, (strength > beside(-1, -1)) & (strength > beside(1, 1)),
+                (strength > beside(-1, 1)) & (strength > beside(1, -1)))))
+    weak = thin & (strength > low)
+    edge, grown = weak & (strength > high), None
+    while grown is None or (grown != edge).any():
+        edge = edge if grown is None else grown
+        grown = dilate(edge[None].to(torch.uint8))[0].bool() & weak
+    return 255 * edge.to(torch.uint8)
+
+
+WARPS = {"affine": torch.eye(2, 3), "homography": torch.eye(3),     # the thetas that do nothing
+         "elastic": torch.zeros(2, 8, 8), "polynomial": torch.eye(2, 6)}
+
+
+def warp_grid(kind, theta, size):
+    """Where each pixel of a warped image comes from: theta (B, *WARPS[kind].shape) -> (B, size,
+    size, 2) for grid_sample, x and y in -1..1.
+
+    affine: a x + b y + e; polynomial: of second degree; homography: a quotient of affine maps;
+    elastic: shifts of an 8 x 8 lattice, interpolated by cubics.
+    """
+    at = (torch.arange(size, device=theta.device) + 0.5) * (2 / size) - 1
+    y, x = torch.meshgrid(at, at, indexing="ij")
+    if kind == "elastic":
+        shift = F.interpolate(theta, (size, size), mode="bicubic", align_corners=True)
+        return (torch.stack([x, y]) + shift).permute(0, 2, 3, 1)
+    terms = torch.stack([x, y, torch.ones_like(x), x * x, x * y, y * y][:theta.shape[2]])
+    grid = torch.einsum("bij,jhw->bhwi", theta, terms)
+    return grid[..., :2] / grid[..., 2:].clamp(min=1e-3) if kind == "homography" else grid
+
+
+def photograph(file, size, device):
+    """The middle of an image file, by default of the one in matplotlib -> (3, size, size) uint8."""
+    from torchvision.datasets.folder import pil_loader
+    from torchvision.transforms import functional as T
+    if file is None:
+        from matplotlib import cbook
+        file = cbook.get_sample_data("grace_hopper.jpg", asfileobj=False)
+    try:
+        image = pil_loader(file)
+    except Exception as error:
+        raise InputError(f"--image {file}: cannot be read ({type(error).__name__})") from None
+    image = T.center_crop(T.resize(image, size, antialias=True), size)
+    return T.pil_to_tensor(image).to(device)
+
+
+def image_source(args, device):
+    """Tables 11, 12: one photograph, or its edges, under L small warps."""
+    image = photograph(args.image, args.canvas, device)
+    if args.edges == "canny":
+        image = canny(to_grey(image[None].float())[0, 0].to(torch.uint8))[None]
+    base = WARPS[args.warp]
+    theta = perturb(base, args.delta, args.L, torch.Generator().manual_seed(
+        seed_for(args.seed, "eps")), args.noise)
+
+    def draw(i):
+        grid = warp_grid(args.warp, theta[i].to(device), args.canvas)
+        pixels = image.float().expand(len(i), -1, -1, -1)
+        return F.grid_sample(pixels, grid, align_corners=False).add_(0.5).to(torch.uint8)
+
+    return Drawn(torch.arange(args.L), lambda i: torch.cat([draw(some) for some in i.split(100)]),
+                 device, base=base, eps=theta - base)
+
+
+def folder_source(args, device):
+    """Any folder of labelled images, one folder a class, through the same loop."""
+    from torchvision.datasets import ImageFolder
+    try:
+        dataset = ImageFolder(args.root)
+    except OSError as error:
+        raise InputError(f"--root {args.root}: {str(error).splitlines()[0]}") from None
+    return Images(dataset, torch.arange(len(dataset)), args.img_size, device, args.workers)
+
+
+SOURCES = {"fractal": fractal_source, "rcdb": contour_source, "va": contour_source,
+           "gaussian": cloud_source, "uniform": cloud_source, "image": image_source,
+           "folder": folder_source}
 
 
 # ==================================================================================================
@@ -1011,7 +1354,7 @@ def train(args, team, model, batches, augment, steps, checkpoint=None, test=None
     """Train to `steps`, from the checkpoint's step on, logging and saving into args.out.
 
     batches(start): yields this rank's (images, labels) of each step. test(): returns top-1 and
-    top-5; called every `test_every` steps and at the end.
+    top-5; called every `test_every` steps and at the end. Returns the last line of the log.
     """
     out, start = Path(args.out), checkpoint["step"] if checkpoint else 0
     optimizer = make_optimizer(model, args.optimizer, args.lr, args.weight_decay)
@@ -1023,10 +1366,12 @@ def train(args, team, model, batches, augment, steps, checkpoint=None, test=None
     total, seen = torch.zeros(2, device=team.device), 0
     best = max([r["test_top1"] for r in read_log(out) if "test_top1" in r], default=0.0)
     lead = team.rank == 0                                           # the one that writes and prints
+    began = time.perf_counter() - (checkpoint["seconds"] if checkpoint else 0)
 
     def report(text, **record):
         if lead:
-            record = dict(step=done, images=done * args.batch_size, **record)
+            record = dict(step=done, images=done * args.batch_size,
+                          seconds=round(time.perf_counter() - began, 1), **record)
             with open(out / "log.jsonl", "a") as log:
                 log.write(json.dumps(record) + "\n")
             print(f"step {done}/{steps}  {text}", flush=True)
@@ -1083,10 +1428,12 @@ def train(args, team, model, batches, augment, steps, checkpoint=None, test=None
             tick += time.perf_counter() - paused
         if saving and lead:
             save_checkpoint(out / "last.pt", model=model.state_dict(), step=done,
+                            seconds=time.perf_counter() - began,
                             args=json.loads(json.dumps(vars(args))),        # tuples become lists
                             optimizer=optimizer.state_dict())
     if lead:
         save_curve(out)
+        return read_log(out)[-1]
 
 
 def read_log(out):
@@ -1160,18 +1507,30 @@ def make_model(args, team, num_classes, steps, images):
     return model.to(team.device)
 
 
-def fractal_images(args, device):
-    """The base system of --fractal-seed and its L perturbations -> base, maps, coverage."""
-    base = base_ifs(args.num_maps, args.sigma, args.fractal_seed)
-    coverage, maps = liep_images(base, args.delta, args.L, args.canvas, args.points, args.texture,
-                                 args.noise, seed_for(args.seed, "eps"), device)
-    return base, maps, coverage
+def open_source(args, device):
+    """What --source names, with the texture of its dots, if any -> a source."""
+    source = SOURCES[args.source](args, device)
+    if args.command == "pretrain" and args.fresh_texture and not (
+            getattr(source, "dots", False) and args.texture == "random"):
+        raise InputError("--fresh-texture: there is no texture to draw anew; it needs a source of "
+                         "dots and --texture random")
+    return source
 
 
-def save_fractal(path, base, maps):
-    """What the authors never kept: the base system, its sigma-factor and every eps."""
-    path.write_text(json.dumps(dict(sigma=sigma_factor(base).item(), base=base.tolist(),
-                                    eps=(maps - base).tolist())) + "\n")
+def textured(images, args, *key):
+    """Whole stamps with their texture, a function of --seed and the key."""
+    seed = seed_for(args.seed, "texture", *key)
+    return stamp(images, args.texture, torch.Generator(images.device).manual_seed(seed))
+
+
+def save_theta(path, source):
+    """What the authors never kept: the base system, every eps, or the maps of every category."""
+    theta = {k: v.tolist() if isinstance(v, torch.Tensor) else v
+             for k, v in getattr(source, "theta", {}).items()}
+    path.write_text(json.dumps(theta) + "\n")
+
+
+BESIDE = {"out", "root", "ckpt", "record", "device", "workers", "resume", "save_every", "log_every"}
 
 
 def start_run(args, team):
@@ -1184,12 +1543,11 @@ def start_run(args, team):
         checkpoint = load_checkpoint(last)
         if "args" not in checkpoint:
             raise InputError(f"--resume: {last} holds weights alone; give them to --ckpt instead")
-        free = {"resume", "out", "device", "save_every", "log_every", "workers", "root"}
         for name, value in json.loads(json.dumps(vars(args))).items():
             saved = checkpoint["args"].get(name)
             if name == "precision":
                 args.precision = saved                              # it was measured, not given
-            elif name not in free and value != saved:
+            elif (name == "ckpt" or name not in BESIDE) and value != saved:
                 raise InputError(f"--resume: --{name.replace('_', '-')} was {saved} in {out}, now "
                                  f"it is {value}; repeat the flags of that run")
         if team.rank == 0:
@@ -1206,6 +1564,32 @@ def start_run(args, team):
     return None
 
 
+def without_places(settings):
+    """The settings that a result depends on."""
+    return settings and {k: v for k, v in settings.items() if k not in BESIDE}
+
+
+def add_record(args, images, seconds, **measured):
+    """Append a run to the file of --record, one line of JSON: all its settings, those of the
+    pre-training it started from, and what was measured; images and seconds are of both."""
+    if not args.record or int(os.environ.get("RANK", 0)):
+        return
+    before = load_checkpoint(args.ckpt) if args.ckpt else {}
+    settings = before.get("args")
+    if before:
+        images += before.get("step", 0) * (settings or {}).get("batch_size", 0)
+        seconds += before.get("seconds", 0)
+    git = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True,
+                         cwd=Path(__file__).parent, check=False)
+    processor = torch.cuda.get_device_name() if args.device == "cuda" else platform.machine()
+    record = dict(command=args.command, recipe=args.recipe, seed=args.seed, images=images,
+                  seconds=round(seconds), **measured, commit=git.stdout.strip() or None,
+                  device=f"{args.device} ({processor}, {torch.get_num_threads()} threads)",
+                  pretrain=without_places(settings), settings=without_places(vars(args)))
+    with open(args.record, "a") as file:
+        file.write(json.dumps(record) + "\n")
+
+
 def rank_batches(n, args, team, start, steps):
     """This rank's share of the indices of each step, from `start` on."""
     for step in range(start, steps):
@@ -1213,26 +1597,25 @@ def rank_batches(n, args, team, start, steps):
 
 
 def pretrain(args, team):
-    """Pre-train on L perturbed copies of one fractal: everything stays on the device."""
+    """Pre-train on what --source draws, by default L perturbed copies of one fractal."""
     checkpoint = start_run(args, team)
-    device = team.device
-    base, maps, images = fractal_images(args, device)
+    source = open_source(args, team.device)
     if team.rank == 0 and not checkpoint:
-        save_fractal(Path(args.out) / "fractal.json", base, maps)
-    texture = torch.Generator(device).manual_seed(seed_for(args.seed, "texture"))
-    if not args.fresh_texture:
-        images = stamp(images, args.texture, texture)
+        save_theta(Path(args.out) / "theta.json", source)
+    dots = getattr(source, "dots", False)
+    fresh = dots and (args.fresh_texture or not source.stored)
+    if dots and not fresh:
+        source.images = textured(source.images, args)
 
     def batches(start):
-        for step, i in enumerate(rank_batches(args.L, args, team, start, args.steps), start):
-            batch = images[i.to(device)]
-            if args.fresh_texture:
-                texture.manual_seed(seed_for(args.seed, "texture", step, team.rank))
-                batch = stamp(batch, args.texture, texture)
-            yield batch, i.to(device)
+        lists = rank_batches(len(source), args, team, start, args.steps)
+        for step, (images, labels) in enumerate(source.batches(lists), start):
+            yield textured(images, args, step, team.rank) if fresh else images, labels
 
-    model = make_model(args, team, args.L, args.steps, f"1 fractal, {args.L}")
-    augment = make_augment(args, args.L, HALF, HALF, True)
+    classes = int(source.labels.max()) + 1
+    model = make_model(args, team, classes, args.steps,
+                       f"{args.source}: {classes} classes, {len(source)}")
+    augment = make_augment(args, classes, HALF, HALF, True)
     train(args, team, model, batches, augment, args.steps, checkpoint)
 
 
@@ -1260,66 +1643,100 @@ def finetune(args, team):
     if args.ckpt and not checkpoint:
         load_weights(model, load_checkpoint(args.ckpt)["model"], args.ckpt)
     transform = plain(args.img_size, classes, IMAGENET_MEAN, IMAGENET_STD)
-    train(args, team, model,
-          lambda start: images.batches(rank_batches(len(images), args, team, start, steps)),
-          make_augment(args, classes, IMAGENET_MEAN, IMAGENET_STD, False), steps, checkpoint,
-          lambda: evaluate(model, tests, transform, device, args.precision),
-          max(1, round(args.eval_epochs * len(images) / args.batch_size)))
+    last = train(args, team, model,
+                 lambda start: images.batches(rank_batches(len(images), args, team, start, steps)),
+                 make_augment(args, classes, IMAGENET_MEAN, IMAGENET_STD, False), steps, checkpoint,
+                 lambda: evaluate(model, tests, transform, device, args.precision),
+                 max(1, round(args.eval_epochs * len(images) / args.batch_size)))
+    if last:
+        add_record(args, **{name: last[name] for name in (
+            "images", "seconds", "test_top1", "test_top5", "best_top1")})
 
 
 def render(args, team):
-    """Write the perturbed images to OUT/<class>/0.png, a folder that ImageFolder reads."""
+    """Write the source's images to OUT/<class>/<number>.png, a folder that ImageFolder reads."""
     from torchvision.io import write_png
     out = Path(args.out)
     if out.exists() and any(out.iterdir()):
         raise InputError(f"--out {out}: is not empty; give another folder")
-    base, maps, coverage = fractal_images(args, team.device)
-    texture = torch.Generator(team.device).manual_seed(seed_for(args.seed, "texture"))
-    for i, image in enumerate(stamp(coverage, args.texture, texture).cpu()):
-        folder = out / f"{i:0{len(str(args.L - 1))}d}"              # alphabetical is numerical
-        folder.mkdir(parents=True)
-        write_png(image[None], str(folder / "0.png"))
-    save_fractal(out.parent / f"{out.name}.json", base, maps)
-    print(f"{args.L} images of {args.canvas}x{args.canvas} in {out}, their maps in {out}.json")
+    source = open_source(args, team.device)
+    number, width = 0, len(str(int(source.labels.max())))           # alphabetical is numerical
+    for part, (images, labels) in enumerate(source.batches(torch.arange(len(source)).split(1000))):
+        images = textured(images, args, part) if getattr(source, "dots", False) else images
+        for image, label in zip(images.cpu(), labels.tolist()):
+            folder = out / f"{label:0{width}d}"
+            folder.mkdir(parents=True, exist_ok=True)
+            write_png(image.view(-1, *image.shape[-2:]), str(folder / f"{number}.png"))
+            number += 1
+    save_theta(out.parent / f"{out.name}.json", source)
+    print(f"{number} images in {out}, what they were drawn from in {out}.json")
 
 
 def show(args, team):
-    """Draw the paper's Fig. 2b (rows of delta, their average) and Fig. 2c (columns of sigma)."""
+    """Draw the paper's Fig. 2b (rows of delta), Fig. 2c (columns of sigma), Fig. 4 (warps), and a
+    sheet of every source."""
     from matplotlib.figure import Figure
     from torchvision.utils import make_grid
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
 
-    def draw(name, title, rows):
+    def draw(name, title, rows):                # rows of (label, images (n, C, S, S) or (n, S, S))
         columns = max(len(images) for _, images in rows)
         figure = Figure(figsize=(columns, len(rows) + 0.4), layout="constrained")
-        for axis, (label, images) in zip(figure.subplots(len(rows), 1), rows):
-            strip = make_grid(images[:, None].float() / (2 * GREY), columns, pad_value=1)
-            axis.imshow(strip.permute(1, 2, 0).cpu())
+        for axis, (label, images) in zip(figure.subplots(len(rows), 1, squeeze=False)[:, 0], rows):
+            images = images.view(len(images), -1, *images.shape[-2:]).float()
+            images /= 2 * GREY if images.max() <= GREY else 255     # dots are drawn white
+            axis.imshow(make_grid(images, columns, pad_value=0.5).permute(1, 2, 0).cpu())
             axis.set(xticks=[], yticks=[])
             axis.set_ylabel(label, rotation=0, ha="right", va="center")
         figure.suptitle(title)
         figure.savefig(out / name, dpi=150, bbox_inches="tight")
         print(out / name)
 
-    def textured(coverage):
-        return stamp(coverage, args.texture, torch.Generator(team.device).manual_seed(args.seed))
+    def source(**flags):
+        flags = argparse.Namespace(**vars(args) | flags)
+        made = SOURCES[flags.source](flags, team.device)
+        return textured(made.images, flags) if made.dots else made.images
 
     rows = []
-    for args.delta in (0.001, 0.01, 0.05, 0.1, 0.2, 1.0):
-        args.L = 100
-        images = textured(fractal_images(args, team.device)[2])
+    for delta in (0.001, 0.01, 0.05, 0.1, 0.2, 1.0):
+        images = source(delta=delta, L=100)
         mean = images.float().mean(0, keepdim=True).to(images.dtype)
-        rows.append((f"$\\Delta$ = {args.delta:g}", torch.cat([images[:7], mean])))
+        rows.append((f"$\\Delta$ = {delta:g}", torch.cat([images[:7], mean])))
     draw("fig2b.png", "7 of 100 perturbations, and the average of all 100", rows)
 
-    rows, sigmas = [], (3.5, 4.0, 4.5, 5.0, 6.0)
-    for seed in range(args.fractal_seed, args.fractal_seed + 4):
-        systems = [base_ifs(args.num_maps, sigma, seed).to(team.device) for sigma in sigmas]
-        rows.append((f"fractal {seed}", torch.cat([textured(ifs_coverage(
-            maps[None], args.canvas, args.points, args.texture,
-            generator=torch.Generator().manual_seed(0))) for maps in systems])))
-    draw("fig2c.png", "$\\sigma$ = " + ", ".join(f"{sigma:g}" for sigma in sigmas), rows)
+    sigmas = (3.5, 4.0, 4.5, 5.0, 6.0)
+    draw("fig2c.png", "$\\sigma$ = " + ", ".join(f"{sigma:g}" for sigma in sigmas), [
+        (f"fractal {seed}", torch.cat([source(sigma=sigma, delta=0.0, L=2, fractal_seed=seed)[:1]
+                                       for sigma in sigmas]))
+        for seed in range(args.fractal_seed, args.fractal_seed + 4)])
+
+    lines = torch.zeros(3, args.canvas, args.canvas, dtype=torch.uint8)
+    for k in range(args.canvas // 16, args.canvas, args.canvas // 8):
+        lines[:, k], lines[:, :, k] = 255, 255
+    rows = []
+    for label, image in (("grid", lines), ("photograph", photograph(args.image, args.canvas, "cpu"))):
+        images = [image.float()]
+        for kind, base in WARPS.items():
+            theta = perturb(base, 0.4, 1, torch.Generator().manual_seed(args.seed))
+            grid = warp_grid(kind, theta, args.canvas)
+            images.append(F.grid_sample(image[None].float(), grid, align_corners=False)[0].clamp(0, 255))
+        rows.append((label, torch.stack(images)))
+    draw("fig4.png", f"as it is, {', '.join(WARPS)} ($\\Delta$ = 0.4)", rows)
+
+    draw("sources.png", "eight classes of every source", [
+        (label, source(L=8, **flags)[:8]) for label, flags in {
+            "1p-frac": dict(),
+            "OFDB": dict(categories=8),
+            "one FractalDB category": dict(categories=2, instances=8),
+            "RCDB": dict(source="rcdb", categories=8),
+            "RCDB, LPCE": dict(source="rcdb"),
+            "Visual Atoms": dict(source="va", categories=8),
+            "Visual Atoms, LPCE": dict(source="va"),
+            "Gaussian": dict(source="gaussian"),
+            "uniform": dict(source="uniform"),
+            "photograph": dict(source="image"),
+            "its edges": dict(source="image", edges="canny")}.items()])
 
 
 # ==================================================================================================
@@ -1365,20 +1782,33 @@ def make_parser():
         run.add_argument("--out", default=f"runs/{name}", help="folder for what the command writes")
         return command, run
 
-    def add_fractal(command, perturbed=True):
+    def add_source(command):
+        group = command.add_argument_group("Tables 2, 3, 4: what is drawn")
+        group.add_argument("--source", choices=SOURCES, default="fractal")
+        group.add_argument("--categories", type=whole(1), default=1,
+                           help="1: one image and its perturbations; more: a data base (Table 2)")
+        group.add_argument("--instances", type=whole(1, 1000), default=1, help="of each category")
         group = command.add_argument_group("Tables 5, 6, 7: the LIEP distribution")
-        if perturbed:
-            group.add_argument("--delta", type=rate(0), default=0.1, help="side of the cube of eps")
-            group.add_argument("--L", type=whole(2), help="perturbations, which are the classes")
+        group.add_argument("--delta", type=rate(0), default=0.1, help="side of the cube of eps")
         group.add_argument("--sigma", type=rate(0, above=True), default=3.5, help="sigma-factor")
+        group.add_argument("--L", type=whole(2), help="perturbations, which are the classes")
         group.add_argument("--noise", choices=("additive", "multiplicative"), default="additive",
                            help="additive: the paper; multiplicative: the authors' code")
-        group = command.add_argument_group("the fractal and its picture")
-        group.add_argument("--fractal-seed", type=whole(0, 2 ** 63 - 1), default=32, help="which")
+        group = command.add_argument_group("Tables 11, 12: one real image (--source image)")
+        group.add_argument("--image", metavar="FILE", help="default: matplotlib's photograph")
+        group.add_argument("--edges", choices=("none", "canny"))
+        group.add_argument("--warp", choices=WARPS)
+        group = command.add_argument_group("the picture")
+        group.add_argument("--fractal-seed", type=whole(0, 2 ** 63 - 1), default=32,
+                           help="which fractal, contour, cloud or data base")
         group.add_argument("--num-maps", type=whole(2), default=2, help="N of Eq. 1")
-        group.add_argument("--canvas", type=whole(16), help="pixels a side that are rendered")
+        group.add_argument("--canvas", type=whole(16), help="pixels a side that are drawn")
         group.add_argument("--points", type=whole(1), help="points of the chaos game an image")
-        group.add_argument("--texture", choices=("random", "fill", "point"))
+        group.add_argument("--texture", choices=("random", "fill", "point"), help="of each point")
+
+    def add_reading(group):
+        group.add_argument("--root", default="data", help="where the images are, or are put")
+        group.add_argument("--workers", type=whole(0), default=2, help="processes that read images")
 
     def add_training(command, run):
         run.add_argument("--resume", action="store_true", help="go on with the run in --out")
@@ -1406,27 +1836,43 @@ def make_parser():
 
     command, run = add("pretrain", pretrain.__doc__)
     run.add_argument("--steps", type=whole(1))
-    add_fractal(command)
+    add_source(command)
     add_training(command, run)
-    group = command.add_argument_group('Table 13: "w/ Aug."')
+    group = command.add_argument_group('Tables 13, 14: "w/ Aug.", and --source folder')
     group.add_argument("--fresh-texture", action="store_true", help="a new 3x3 texture every step")
+    add_reading(group)
 
-    add_fractal(add("render", render.__doc__)[0])
-    add_fractal(add("show", show.__doc__)[0], perturbed=False)
+    command, run = add("render", render.__doc__)
+    add_source(command)
+    add_reading(run)
+    add_source(add("show", show.__doc__)[0])
 
     command, run = add("finetune", finetune.__doc__)
     run.add_argument("--ckpt", help="weights to start from; without: from scratch")
     run.add_argument("--epochs", type=rate(0, above=True))
+    run.add_argument("--record", metavar="FILE", help="append this run to it, one line of JSON")
     add_training(command, run)
     group = command.add_argument_group("Tables 13, 14: data")
     group.add_argument("--data", choices=("folder", *DATASETS), default="cifar100")
-    group.add_argument("--root", default="data", help="where the data is, or is downloaded to")
+    add_reading(group)
     group.add_argument("--train-per-class", type=whole(1), help="a fixed balanced subset")
     group.add_argument("--holdout", type=rate(0, 0.9), default=0.0,
                        help="fraction of the training images to test on instead of the test set")
     group.add_argument("--eval-epochs", type=rate(0, above=True), default=5, help="test this often")
-    group.add_argument("--workers", type=whole(0), default=2, help="processes that read images")
     return parser
+
+
+def check_source(args):
+    """Refuse flags that this source would leave unread."""
+    for name, default in (("image", None), ("edges", "none"), ("warp", "affine")):
+        if args.source != "image" and getattr(args, name) is not None:
+            raise InputError(f"--{name}: only with --source image")
+        setattr(args, name, getattr(args, name) or default)
+    if args.categories > 1 and args.source not in ("fractal", "rcdb", "va"):
+        raise InputError(f"--categories: --source {args.source} has one image; leave it out")
+    if args.instances > 1 and args.categories == 1:
+        raise InputError("--instances: needs --categories above 1; perturbations of one image are "
+                         "counted by --L")
 
 
 def resolve(args):
@@ -1458,6 +1904,8 @@ def resolve(args):
     if hasattr(args, "batch_size") and args.batch_size % args.world:
         raise InputError(f"--batch-size {args.batch_size}: must be a multiple of the "
                          f"{args.world} processes")
+    if hasattr(args, "source"):
+        check_source(args)
     if hasattr(args, "sigma") and args.sigma > 3 * args.num_maps:
         raise InputError(f"--sigma {args.sigma}: at most 3 for each map, so 3 x --num-maps "
                          f"= {3 * args.num_maps}")
