@@ -20,6 +20,7 @@ Sections 1, 2, 5, 6, and `perturb` and `lpce_loss` of 3, need torch and the stan
 nothing from one another, so each can be copied.
 """
 import argparse
+import contextlib
 import functools
 import json
 import math
@@ -27,6 +28,7 @@ import os
 import platform
 import subprocess
 import sys
+import tempfile
 import time
 import zlib
 from pathlib import Path
@@ -49,6 +51,10 @@ RECIPES = {
         finetune=dict(
             epochs=8, batch_size=64,
             optimizer="sgd", lr=0.1, weight_decay=1e-4, warmup=0.05, clip_grad=1.0,
+            augment="crop aspect flip", crop_scale=(0.4, 1.0), smoothing=0.0),
+        probe=dict(
+            epochs=4, batch_size=256,
+            optimizer="sgd", lr=0.1, weight_decay=0.0, warmup=0.0, clip_grad=0.0,
             augment="crop aspect flip", crop_scale=(0.4, 1.0), smoothing=0.0)),
     "small": dict(                                      # one GPU and minutes
         model="vit_tiny", img_size=32, patch_size=4, drop_path=0.0,
@@ -60,7 +66,11 @@ RECIPES = {
             epochs=100, batch_size=256,
             optimizer="sgd", lr=0.05, weight_decay=1e-4, warmup=0.05, clip_grad=1.0,
             augment="randaug crop aspect erase mixup cutmix flip", crop_scale=(0.4, 1.0),
-            smoothing=0.1)),
+            smoothing=0.1),
+        probe=dict(
+            epochs=30, batch_size=512,
+            optimizer="sgd", lr=0.1, weight_decay=0.0, warmup=0.0, clip_grad=0.0,
+            augment="crop aspect flip", crop_scale=(0.4, 1.0), smoothing=0.0)),
     "paper": dict(
         model="vit_tiny", img_size=224, patch_size=16, drop_path=0.1,
         pretrain=dict(
@@ -72,7 +82,11 @@ RECIPES = {
             epochs=1000, batch_size=768,
             optimizer="sgd", lr=0.015, weight_decay=1e-4, warmup=0.01, clip_grad=0.0,
             augment="randaug crop aspect erase mixup cutmix flip jitter", crop_scale=(0.08, 1.0),
-            smoothing=0.1)),
+            smoothing=0.1),
+        probe=dict(
+            epochs=36, batch_size=256,
+            optimizer="sgd", lr=0.1, weight_decay=0.0, warmup=0.0, clip_grad=0.0,
+            augment="crop aspect flip", crop_scale=(0.08, 1.0), smoothing=0.0)),
 }
 SWITCHES = ("randaug", "crop", "aspect", "erase", "mixup", "cutmix", "flip", "jitter")    # Table 9
 
@@ -1030,11 +1044,42 @@ class ViT(nn.Module):
         nn.init.normal_(self.cls_token, std=1e-6)
         nn.init.zeros_(self.head.weight)
 
-    def forward(self, x):
+    def embed(self, x):
         x = self.patch_embed.proj(x).flatten(2).transpose(1, 2)     # (B, D, H, W) -> (B, HW, D)
         x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], 1)            # (B, 1 + HW, D)
-        x = self.blocks(x + self.pos_embed)
-        return self.head(self.norm(x)[:, 0])
+        return x + self.pos_embed
+
+    def forward(self, x):
+        return self.head(self.norm(self.blocks(self.embed(x)))[:, 0])
+
+
+class Probe(nn.Module):
+    """A linear classifier on the frozen embedding and first k blocks: images -> logits.
+
+    It sees the mean of the patch tokens, each feature normalised by its batch (as in MAE's probe).
+    """
+
+    def __init__(self, model, k, num_classes):
+        super().__init__()
+        self.frozen, self.k = model.requires_grad_(False).eval(), k
+        dim = model.pos_embed.shape[2]
+        self.normalise = nn.BatchNorm1d(dim, affine=False, eps=1e-6)
+        self.head = nn.Linear(dim, num_classes)
+        nn.init.zeros_(self.head.weight)
+        nn.init.zeros_(self.head.bias)
+
+    def train(self, mode=True):
+        super().train(mode)
+        self.frozen.eval()                                          # no stochastic depth
+        return self
+
+    @torch.no_grad()
+    def features(self, x):
+        x = self.frozen.blocks[:self.k](self.frozen.embed(x))
+        return x[:, 1:].mean(1)                                     # (B, 1 + HW, D) -> (B, D)
+
+    def forward(self, x):
+        return self.head(self.normalise(self.features(x)))
 
 
 def resize_pos_embed(pos_embed, tokens):
@@ -1227,6 +1272,8 @@ def make_optimizer(model, name, lr, weight_decay):
     """AdamW, or SGD with Nesterov momentum; biases, norms, cls token and positions do not decay."""
     groups = [dict(params=[], weight_decay=weight_decay), dict(params=[], weight_decay=0.0)]
     for key, p in model.named_parameters():
+        if not p.requires_grad:
+            continue
         groups[p.ndim <= 1 or key in ("cls_token", "pos_embed")]["params"].append(p)
     if name == "sgd":
         return torch.optim.SGD(groups, lr, momentum=0.9, nesterov=True)
@@ -1569,23 +1616,26 @@ def without_places(settings):
     return settings and {k: v for k, v in settings.items() if k not in BESIDE}
 
 
-def add_record(args, images, seconds, **measured):
+def add_record(args, last, **more):
     """Append a run to the file of --record, one line of JSON: all its settings, those of the
     pre-training it started from, and what was measured; images and seconds are of both."""
-    if not args.record or int(os.environ.get("RANK", 0)):
+    if not args.record or not last:                                 # not asked for, or not rank 0
         return
     before = load_checkpoint(args.ckpt) if args.ckpt else {}
-    settings = before.get("args")
-    if before:
-        images += before.get("step", 0) * (settings or {}).get("batch_size", 0)
-        seconds += before.get("seconds", 0)
+    pretraining = before.get("args")
+    if pretraining:
+        last["images"] += before["step"] * pretraining["batch_size"]
+        last["seconds"] += before.get("seconds", 0)
     git = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True,
                          cwd=Path(__file__).parent, check=False)
     processor = torch.cuda.get_device_name() if args.device == "cuda" else platform.machine()
-    record = dict(command=args.command, recipe=args.recipe, seed=args.seed, images=images,
-                  seconds=round(seconds), **measured, commit=git.stdout.strip() or None,
+    measured = {k: last[k] for k in ("images", "seconds", "test_top1", "test_top5", "best_top1",
+                                     "decay") if k in last}
+    args.layers = [more["layer"]] if more else []
+    record = dict(command=args.command, recipe=args.recipe, seed=args.seed, **more, **measured,
+                  commit=git.stdout.strip() or None,
                   device=f"{args.device} ({processor}, {torch.get_num_threads()} threads)",
-                  pretrain=without_places(settings), settings=without_places(vars(args)))
+                  pretrain=without_places(pretraining), settings=without_places(vars(args)))
     with open(args.record, "a") as file:
         file.write(json.dumps(record) + "\n")
 
@@ -1619,9 +1669,8 @@ def pretrain(args, team):
     train(args, team, model, batches, augment, args.steps, checkpoint)
 
 
-def finetune(args, team):
-    """Fine-tune a checkpoint, or train from scratch without one; report the last epoch."""
-    checkpoint, device = start_run(args, team), team.device
+def open_data(args, team):
+    """Training and test images of --data, with its subset and split, and the number of classes."""
     for turn in (True, False):              # rank 0 downloads first, then the others find it
         if turn == (team.rank == 0):
             train_set, test_set = open_datasets(args.data, args.root)
@@ -1633,24 +1682,110 @@ def finetune(args, team):
         raise InputError(f"--holdout {args.holdout}: leaves no image of any class to test on")
     if not args.holdout:
         held = torch.arange(len(test_set))
-    images = Images(train_set, chosen, args.img_size, device, args.workers)
-    tests = Images(train_set if args.holdout else test_set, held, args.img_size, device,
+    images = Images(train_set, chosen, args.img_size, team.device, args.workers)
+    tests = Images(train_set if args.holdout else test_set, held, args.img_size, team.device,
                    args.workers)
+    return images, tests, len(getattr(train_set, "classes", ())) or int(labels.max()) + 1
 
-    classes = len(getattr(train_set, "classes", ())) or int(labels.max()) + 1
+
+def finetune(args, team):
+    """Fine-tune a checkpoint, or train from scratch without one; report the last epoch."""
+    checkpoint = start_run(args, team)
+    images, tests, classes = open_data(args, team)
     steps = math.ceil(args.epochs * len(images) / args.batch_size)
     model = make_model(args, team, classes, steps, f"{args.data}, {len(images)}")
     if args.ckpt and not checkpoint:
         load_weights(model, load_checkpoint(args.ckpt)["model"], args.ckpt)
+    last = train_on(args, team, model, images, tests, classes, steps, checkpoint)
+    add_record(args, last)
+
+
+def train_on(args, team, model, images, tests, classes, steps, checkpoint=None):
+    """Train a model on `Images` and test it on others -> the last line of the log."""
     transform = plain(args.img_size, classes, IMAGENET_MEAN, IMAGENET_STD)
-    last = train(args, team, model,
-                 lambda start: images.batches(rank_batches(len(images), args, team, start, steps)),
-                 make_augment(args, classes, IMAGENET_MEAN, IMAGENET_STD, False), steps, checkpoint,
-                 lambda: evaluate(model, tests, transform, device, args.precision),
-                 max(1, round(args.eval_epochs * len(images) / args.batch_size)))
-    if last:
-        add_record(args, **{name: last[name] for name in (
-            "images", "seconds", "test_top1", "test_top5", "best_top1")})
+    return train(
+        args, team, model,
+        lambda start: images.batches(rank_batches(len(images), args, team, start, steps)),
+        make_augment(args, classes, IMAGENET_MEAN, IMAGENET_STD, False), steps, checkpoint,
+        lambda: evaluate(model, tests, transform, team.device, args.precision),
+        max(1, round(args.eval_epochs * len(images) / args.batch_size)))
+
+
+def fit_logistic(x, labels, num_classes, decay, weight=None, iterations=200):
+    """Multinomial logistic regression by L-BFGS: features x (n, D) -> weight (D + 1, num_classes).
+
+    Minimises the mean cross-entropy plus decay / 2 times the squared weights, biases (the last row)
+    apart, from `weight` on.
+    """
+    weight = x.new_zeros(x.shape[1] + 1, num_classes) if weight is None else weight.clone()
+    weight.requires_grad_()
+    optimizer = torch.optim.LBFGS([weight], max_iter=iterations, tolerance_grad=1e-6,
+                                  tolerance_change=1e-10, line_search_fn="strong_wolfe")
+
+    def closure():
+        optimizer.zero_grad()
+        logits = x @ weight[:-1] + weight[-1]
+        loss = F.cross_entropy(logits, labels) + 0.5 * decay * weight[:-1].square().sum()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    return weight.detach()
+
+
+def logistic_probe(probe, images, tests, classes, args, team):
+    """Frozen features of whole images, logistic regression, the strength of its regularisation
+    chosen on a fifth of the training images, then fitted to all -> test accuracies, decay."""
+    transform = plain(args.img_size, classes, IMAGENET_MEAN, IMAGENET_STD)
+
+    def features(data):
+        x = [probe.features(transform(batch, labels)[0])
+             for batch, labels in data.batches(torch.arange(len(data)).split(500))]
+        return torch.cat(x), data.labels.to(team.device)
+
+    def accuracy(weight, x, labels, k=1):
+        ranked = (x @ weight[:-1] + weight[-1]).topk(min(k, classes)).indices == labels[:, None]
+        return 100 * ranked.sum().item() / len(labels)
+
+    (x, labels), (x_test, labels_test) = features(images), features(tests)
+    mean, std = x.mean(0), x.std(0).clamp(min=1e-6)
+    x, x_test = (x - mean) / std, (x_test - mean) / std
+    fit, check = balanced_subset(labels.cpu(), holdout=0.2)
+    best, weight = (-1.0, 0.0), None
+    for decay in (1.0, 0.1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6):          # each starts from the last
+        weight = fit_logistic(x[fit], labels[fit], classes, decay, weight)
+        best = max(best, (accuracy(weight, x[check], labels[check]), decay))
+    weight = fit_logistic(x, labels, classes, best[1])
+    return dict(test_top1=accuracy(weight, x_test, labels_test),
+                test_top5=accuracy(weight, x_test, labels_test, 5), decay=best[1])
+
+
+def probe(args, team):
+    """Linear classifiers on frozen features of the first k blocks (Fig. 3), or, by L-BFGS, the
+    transfer protocol of arXiv 2212.08420."""
+    if team.world > 1:
+        raise InputError("probe: runs in one process; start it without torchrun")
+    images, tests, classes = open_data(args, team)
+    depth, out = MODELS[args.model][1], Path(args.out)
+    steps = math.ceil(args.epochs * len(images) / args.batch_size)
+    for k in args.layers:
+        if k > depth:
+            raise InputError(f"--layers {k}: {args.model} has {depth} blocks")
+    for k in args.layers:
+        args.out = str(out / f"layer{k}")
+        start_run(args, team)
+        model = make_model(args, team, classes, steps, f"first {k} blocks frozen; {args.data}, "
+                                                       f"{len(images)}")
+        if args.ckpt:
+            load_weights(model, load_checkpoint(args.ckpt)["model"], args.ckpt)
+        model, began = Probe(model, k, classes).to(team.device), time.perf_counter()
+        if args.classifier == "sgd":
+            last = train_on(args, team, model, images, tests, classes, steps)
+        else:
+            last = logistic_probe(model, images, tests, classes, args, team)
+            last |= dict(images=len(images), seconds=time.perf_counter() - began)
+        print(f"first {k} blocks: test top-1 {last['test_top1']:.2f}%", flush=True)
+        add_record(args, last, layer=k)
 
 
 def render(args, team):
@@ -1670,6 +1805,21 @@ def render(args, team):
             number += 1
     save_theta(out.parent / f"{out.name}.json", source)
     print(f"{number} images in {out}, what they were drawn from in {out}.json")
+
+
+SHEET = {       # for `show` and `bench`: flags of every source
+    "1p-frac": dict(),
+    "OFDB": dict(categories=64),
+    "FractalDB": dict(categories=64, instances=64),
+    "RCDB": dict(source="rcdb", categories=64),
+    "RCDB, LPCE": dict(source="rcdb"),
+    "Visual Atoms": dict(source="va", categories=64),
+    "Visual Atoms, LPCE": dict(source="va"),
+    "Gaussian": dict(source="gaussian"),
+    "uniform": dict(source="uniform"),
+    "photograph": dict(source="image"),
+    "its edges": dict(source="image", edges="canny"),
+}
 
 
 def show(args, team):
@@ -1724,19 +1874,190 @@ def show(args, team):
         rows.append((label, torch.stack(images)))
     draw("fig4.png", f"as it is, {', '.join(WARPS)} ($\\Delta$ = 0.4)", rows)
 
-    draw("sources.png", "eight classes of every source", [
-        (label, source(L=8, **flags)[:8]) for label, flags in {
-            "1p-frac": dict(),
-            "OFDB": dict(categories=8),
-            "one FractalDB category": dict(categories=2, instances=8),
-            "RCDB": dict(source="rcdb", categories=8),
-            "RCDB, LPCE": dict(source="rcdb"),
-            "Visual Atoms": dict(source="va", categories=8),
-            "Visual Atoms, LPCE": dict(source="va"),
-            "Gaussian": dict(source="gaussian"),
-            "uniform": dict(source="uniform"),
-            "photograph": dict(source="image"),
-            "its edges": dict(source="image", edges="canny")}.items()])
+    draw("sources.png", "eight classes of every source, but of FractalDB eight instances", [
+        (label, source(L=8, **SHEET[label])[:8]) for label in SHEET])
+
+
+def bench(args, team):
+    """How fast every source is drawn, and how fast it pre-trains, in images/s."""
+    print(f"{'source':18}{'images':>8}{'drawn/s':>10}{'trained/s':>11}{'of 1p-frac':>12}")
+    rates, args.log_every = {}, args.steps // 2                     # the second half counts
+    with tempfile.TemporaryDirectory() as folder:
+        for label, flags in SHEET.items():
+            run = argparse.Namespace(**vars(args) | flags | dict(out=f"{folder}/{len(rates)}"))
+            began = time.perf_counter()
+            source = SOURCES[run.source](run, team.device)
+            if source.stored:
+                source.images.sum().item()                          # a GPU is done by now
+            drawn = len(source) / (time.perf_counter() - began)
+            with open(os.devnull, "w") as quiet, contextlib.redirect_stdout(quiet):
+                pretrain(run, team)
+            rates[label] = read_log(run.out)[-1]["images_per_s"]
+            print(f"{label:18}{len(source):8}{drawn:10.0f}{rates[label]:11.0f}"
+                  f"{rates[label] / rates['1p-frac']:12.2f}", flush=True)
+
+
+# What `table` knows of the paper: rows of (label, CIFAR-100 top-1 there, flags of pre-training, or
+# None for scratch), and how many seeds. {L} is the recipe's number of classes.
+TABLES = {
+    "table2": ("FractalDB and OFDB", 3, [
+        ("scratch", 64.2, None), ("FractalDB", 81.6, "--categories {L} --instances {L}"),
+        ("OFDB", 84.0, "--categories {L}"), ("1p-frac", 84.2, "")]),
+    "table3": ("contours, C images or one", 1, [
+        ("RCDB, C images", 80.4, "--source rcdb --categories {L}"),
+        ("RCDB, one image", 82.5, "--source rcdb"),
+        ("Visual Atoms, C images", 82.1, "--source va --categories {L}"),
+        ("Visual Atoms, one image", 82.6, "--source va"), ("1p-frac", 84.2, "")]),
+    "table4": ("one image of noise", 1, [
+        ("Gaussian", 1.1, "--source gaussian --texture random"),
+        ("uniform", 2.0, "--source uniform --texture random"),
+        ("1p-frac", 84.2, ""), ("scratch", 64.2, None)]),
+    "table5": ("perturbation degree Delta", 3, [
+        (delta, top1, "" if delta == "0.1" else f"--delta {delta}") for delta, top1 in (
+            ("0.001", 1.2), ("0.01", 19.9), ("0.05", 83.0), ("0.1", 84.2), ("0.2", 83.4),
+            ("1.0", 82.6))]),
+    "table6": ("sigma-factor", 1, [
+        (sigma, top1, "" if sigma == "3.5" else f"--sigma {sigma}") for sigma, top1 in (
+            ("3.5", 84.2), ("4.0", 82.8), ("4.5", 81.9), ("5.0", 82.2), ("6.0", 81.3))]),
+    "table7": ("number of perturbations L", 1, [
+        (L, top1, f"--L {L}") for L, top1 in (
+            ("16", 78.7), ("64", 82.3), ("512", 82.4), ("1000", 84.2))]),
+    "table9": ("augmentation: one switch of the recipe turned over", 1, [
+        ("the recipe", 84.2, ""), *((f"{name} turned", top1, "--turn " + name) for name, top1 in (
+            ("randaug", 83.4), ("crop", 80.1), ("aspect", 83.6), ("erase", 84.0),
+            ("mixup", 83.6), ("cutmix", 83.3), ("flip", 84.3), ("jitter", 84.2)))]),
+    "table11": ("one photograph, affine warps", 1, [
+        ("RGB", 81.6, "--source image"), ("edges", 82.2, "--source image --edges canny")]),
+    "table12": ("one photograph's edges, other warps", 1, [
+        (warp, top1, f"--source image --edges canny --warp {warp}") for warp, top1 in (
+            ("affine", 81.9), ("homography", None), ("elastic", 37.0), ("polynomial", 81.3))]),
+    "fractals": ("which fractal (not in the paper)", 1, [
+        (seed, None, f"--fractal-seed {seed}") for seed in ("32", "0", "1", "2", "3", "4")]),
+    "fig3": ("linear probes of the first k blocks", 1, [
+        (f"{label}, k = {k}", top1[k], flags, f"--layers {k}{classifier}")
+        for classifier, suffix in (("", ""), (" --classifier lbfgs", ", L-BFGS"))
+        for label, flags, values in (
+            ("1p-frac" + suffix, "", (11.7, 15.5, 14.4, 13.8, 17.7)),
+            ("random weights" + suffix, None, (None,) * 5))
+        for top1 in [dict(zip((1, 2, 3, 4, 6), values if not classifier else (None,) * 5))]
+        for k in top1]),
+}
+# The length of the tables' runs: flags of pre-training, of fine-tuning and of probing.
+TABLE_RUNS = {"nano": ("--steps 2000", "--train-per-class 250 --epochs 3",
+                       "--train-per-class 250"),
+              "small": ("", "", ""), "paper": ("", "", "")}
+
+
+def planned(recipe, row, seed):
+    """The runs of a row of TABLES: command lines (pretrain or None, finetune or probe), and the
+    settings that their record must have."""
+    flags, probing = row[2], row[3:]
+    before, after, probed = TABLE_RUNS[recipe]
+    for name in SWITCHES:                       # off where the recipe has it on, and the reverse
+        on = name in RECIPES[recipe]["pretrain"]["augment"].split()
+        flags = flags and flags.replace(f"--turn {name}", f"--{'no-' * on}{name}")
+    flags = flags and flags.format(L=RECIPES[recipe]["pretrain"]["L"])
+    common = f"--recipe {recipe} --seed {seed}"
+    folder = f"runs/tables/{recipe}/"
+    name = "scratch" if flags is None else "-".join(flags.replace("--", "").split()) or "1p-frac"
+    first = None if flags is None else " ".join(
+        f"pretrain {common} {before} {flags} --out {folder}{name}/{seed}/pretrain".split())
+    command = f"probe {common} {probed} {probing[0]}" if probing else f"finetune {common} {after}"
+    kind = "-".join(command.split()[0:1] + (probing[0].split() if probing else [])).replace("--", "")
+    ckpt = f"--ckpt {folder}{name}/{seed}/pretrain/last.pt" if first else ""
+    second = " ".join(f"{command} {ckpt} --out {folder}{name}/{seed}/{kind}".split())
+
+    def settings(line):
+        args = make_parser().parse_args(line.split())
+        args.ckpt = None                        # it need not exist
+        fill_in(args)
+        return json.loads(json.dumps(without_places(vars(args))))
+
+    return first, second, first and settings(first), settings(second)
+
+
+def matches(record, pretraining, settings):
+    """Whether a record is of these settings; flags that came later had their default then."""
+    def same(old, new):
+        ignored = {"precision", "data", "world", "eval_epochs"}
+        return (old is None) == (new is None) and all(
+            new[k] == v for k, v in (old or {}).items() if k in new and k not in ignored)
+    return same(record["pretrain"], pretraining) and same(record["settings"], settings)
+
+
+def table(args, team):
+    """The paper's numbers beside the measured ones, from the runs' records; or, with --plan, the
+    commands that are still to be run."""
+    out, path = Path(args.out), Path(args.records)
+    lines = path.read_text().splitlines() if path.exists() else []
+    try:
+        records = [r for r in map(json.loads, lines) if r["recipe"] == args.recipe]
+    except (ValueError, KeyError, TypeError):
+        raise InputError(f"--records {path}: not the records of runs, a JSON object a line") from None
+    plan, text, measured = {}, [f"# At `{args.recipe}`", ""], {}
+    for name in args.names or TABLES:
+        title, seeds, rows = TABLES[name]
+        text += [f"## {name}: {title}", "", "| | paper | here | seeds |", "|---|---|---|---|"]
+        for row in rows:
+            values = []
+            for seed in range(seeds):
+                first, second, *settings = planned(args.recipe, row, seed)
+                found = [r["test_top1"] for r in records if r["seed"] == seed
+                         and matches(r, *settings)]
+                values += found[-1:]
+                if not found:
+                    plan |= {line: None for line in (first, second) if line}
+            number = f"{sum(values) / len(values):.2f}" if values else "not run"
+            if len(values) > 1:
+                number += f" ({torch.tensor(values).std():.2f})"
+            paper = "-" if row[1] is None else row[1]
+            text.append(f"| {row[0]} | {paper} | {number} | {len(values)} of {seeds} |")
+            measured.setdefault(name, []).append((row[0], row[1], values))
+        text.append("")
+    if args.plan:
+        for line in plan:
+            print(line)
+        runs = [line for line in plan if not line.startswith("pretrain")]
+        took = [r["seconds"] for r in records]
+        about = f", about {len(runs) * sum(took) / len(took) / 60:.0f} minutes by the records" \
+            if took else ""
+        print(f"{len(runs)} runs to do{about}", file=sys.stderr)
+        return
+    out.mkdir(parents=True, exist_ok=True)
+    (out / f"{args.recipe}.md").write_text("\n".join(text))
+    print("\n".join(text))
+    draw_tables(out, args.recipe, measured)
+
+
+def draw_tables(out, recipe, measured):
+    """Accuracy over delta, sigma and L, and of the probes over k: the paper's and ours."""
+    from matplotlib.figure import Figure
+    figure = Figure(figsize=(12, 3.2), layout="constrained")
+    axes = figure.subplots(1, 4)
+    for axis, (name, label) in zip(axes, (("table5", "$\\Delta$"), ("table6", "$\\sigma$"),
+                                          ("table7", "$L$"), ("fig3", "$k$"))):
+        right = axis.twinx()
+        series = {}
+        for row, paper, values in measured.get(name, ()):
+            line, _, x = row.rpartition(", k = ")
+            series.setdefault(line, []).append((float(x), paper, values))
+        for k, (line, points) in enumerate(series.items()):
+            ours = [(x, sum(v) / len(v)) for x, _, v in points if v]
+            axis.plot(*zip(*ours) if ours else ((), ()), color=f"C{k}", marker="o", label=line)
+            axis.scatter([x for x, _, v in points for _ in v], [y for _, _, v in points for y in v],
+                         color=f"C{k}", s=6)
+            theirs = [(x, paper) for x, paper, _ in points if paper is not None]
+            right.plot(*zip(*theirs) if theirs else ((), ()), color="0.6", marker="s", ls="--")
+        axis.set_xlabel(label)
+        axis.set_xscale("log" if name in ("table5", "table7") else "linear")
+        axis.set_zorder(1)
+        axis.patch.set_visible(False)
+        if len(series) > 1:
+            axis.legend(fontsize=7)
+    axes[0].set_ylabel(f"top-1 (%) at {recipe}")
+    right.set_ylabel("paper (grey)")
+    figure.savefig(out / f"{recipe}.png", dpi=150)
+    print(out / f"{recipe}.png")
 
 
 # ==================================================================================================
@@ -1834,31 +2155,49 @@ def make_parser():
                            metavar=("LOW", "HIGH"), help="area of the crop")
         group.add_argument("--smoothing", type=rate(0, 1), help="label smoothing")
 
-    command, run = add("pretrain", pretrain.__doc__)
-    run.add_argument("--steps", type=whole(1))
-    add_source(command)
-    add_training(command, run)
-    group = command.add_argument_group('Tables 13, 14: "w/ Aug.", and --source folder')
-    group.add_argument("--fresh-texture", action="store_true", help="a new 3x3 texture every step")
-    add_reading(group)
+    for name, text, steps in (("pretrain", pretrain.__doc__, None), ("bench", bench.__doc__, 40)):
+        command, run = add(name, text)
+        run.add_argument("--steps", type=whole(2 if steps else 1), default=steps)
+        add_source(command)
+        add_training(command, run)
+        group = command.add_argument_group('Tables 13, 14: "w/ Aug.", and --source folder')
+        group.add_argument("--fresh-texture", action="store_true", help="new 3x3 masks every step")
+        add_reading(group)
 
     command, run = add("render", render.__doc__)
     add_source(command)
     add_reading(run)
     add_source(add("show", show.__doc__)[0])
 
-    command, run = add("finetune", finetune.__doc__)
-    run.add_argument("--ckpt", help="weights to start from; without: from scratch")
-    run.add_argument("--epochs", type=rate(0, above=True))
-    run.add_argument("--record", metavar="FILE", help="append this run to it, one line of JSON")
-    add_training(command, run)
-    group = command.add_argument_group("Tables 13, 14: data")
-    group.add_argument("--data", choices=("folder", *DATASETS), default="cifar100")
-    add_reading(group)
-    group.add_argument("--train-per-class", type=whole(1), help="a fixed balanced subset")
-    group.add_argument("--holdout", type=rate(0, 0.9), default=0.0,
-                       help="fraction of the training images to test on instead of the test set")
-    group.add_argument("--eval-epochs", type=rate(0, above=True), default=5, help="test this often")
+    def add_transfer(name, text):
+        command, run = add(name, text)
+        run.add_argument("--ckpt", help="weights to start from; without: random ones")
+        run.add_argument("--epochs", type=rate(0, above=True))
+        run.add_argument("--record", metavar="FILE", help="append this run to it as a line of JSON")
+        add_training(command, run)
+        group = command.add_argument_group("Tables 13, 14: data")
+        group.add_argument("--data", choices=("folder", *DATASETS), default="cifar100")
+        add_reading(group)
+        group.add_argument("--train-per-class", type=whole(1), help="a fixed balanced subset")
+        group.add_argument("--holdout", type=rate(0, 0.9), default=0.0,
+                           help="share of the training images to test on instead of the test set")
+        group.add_argument("--eval-epochs", type=rate(0, above=True), default=5,
+                           help="test this often")
+        return command
+
+    run = add("table", table.__doc__)[1]
+    run.add_argument("names", nargs="*", choices=[[], *TABLES], metavar="NAME",
+                     help=f"of {', '.join(TABLES)}; default: all")
+    run.add_argument("--records", metavar="FILE", default="results/runs.jsonl")
+    run.add_argument("--plan", action="store_true", help="print the commands that are missing")
+    run.set_defaults(out="results/tables")
+
+    add_transfer("finetune", finetune.__doc__)
+    group = add_transfer("probe", probe.__doc__).add_argument_group("Fig. 3: linear probing")
+    group.add_argument("--layers", type=whole(1), nargs="+", metavar="k", default=[1, 2, 3, 4, 6])
+    group.add_argument("--classifier", choices=("sgd", "lbfgs"), default="sgd",
+                       help="sgd with augmentation (Fig. 3), or logistic regression by L-BFGS, its "
+                            "regularisation chosen on a fifth of the training images")
     return parser
 
 
@@ -1875,17 +2214,8 @@ def check_source(args):
                          "counted by --L")
 
 
-def resolve(args):
-    """Fill in the device, the precision and the recipe's numbers where no flag was given."""
-    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(),
-                 "cpu": True}
-    if args.device == "auto":
-        args.device = next(name for name, there in available.items() if there)
-    elif not available[args.device]:
-        raise InputError(f"--device {args.device}: there is none here; try --device auto")
-    chosen = args.recipe is None
-    args.world = int(os.environ.get("WORLD_SIZE", 1))
-    args.recipe = args.recipe or ("small" if args.device == "cuda" else "nano")
+def fill_in(args):
+    """Give every flag that was left out its number from the recipe, and refuse what cannot be."""
     recipe = RECIPES[args.recipe]
     if getattr(args, "ckpt", None):                                 # the network that was saved
         saved = load_checkpoint(args.ckpt).get("args", {})
@@ -1895,21 +2225,35 @@ def resolve(args):
     for name, value in numbers.items():
         if hasattr(args, name) and getattr(args, name) is None:
             setattr(args, name, value)
-    if getattr(args, "precision", None) == "auto":
-        args.precision = pick_precision(torch.device(args.device))
     if hasattr(args, "patch_size") and args.img_size % args.patch_size:
         raise InputError(f"--patch-size {args.patch_size}: must divide --img-size {args.img_size}")
     if hasattr(args, "crop_scale") and args.crop_scale[0] > args.crop_scale[1]:
         raise InputError("--crop-scale: LOW must not be above HIGH")
-    if hasattr(args, "batch_size") and args.batch_size % args.world:
-        raise InputError(f"--batch-size {args.batch_size}: must be a multiple of the "
-                         f"{args.world} processes")
     if hasattr(args, "source"):
         check_source(args)
     if hasattr(args, "sigma") and args.sigma > 3 * args.num_maps:
         raise InputError(f"--sigma {args.sigma}: at most 3 for each map, so 3 x --num-maps "
                          f"= {3 * args.num_maps}")
-    if os.environ.get("RANK", "0") == "0":
+
+
+def resolve(args):
+    """Choose the device, the precision and the recipe where no flag did, and fill in the rest."""
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(),
+                 "cpu": True}
+    if args.device == "auto":
+        args.device = next(name for name, there in available.items() if there)
+    elif not available[args.device]:
+        raise InputError(f"--device {args.device}: there is none here; try --device auto")
+    chosen = args.recipe is None
+    args.world = int(os.environ.get("WORLD_SIZE", 1))
+    args.recipe = args.recipe or ("small" if args.device == "cuda" else "nano")
+    fill_in(args)
+    if getattr(args, "precision", None) == "auto":
+        args.precision = pick_precision(torch.device(args.device))
+    if hasattr(args, "batch_size") and args.batch_size % args.world:
+        raise InputError(f"--batch-size {args.batch_size}: must be a multiple of the "
+                         f"{args.world} processes")
+    if os.environ.get("RANK", "0") == "0" and args.command != "table":
         print(f"recipe {args.recipe}" + (" (chosen for this device)" if chosen else ""), flush=True)
     return torch.device(args.device)
 
