@@ -559,11 +559,12 @@ def draw_contours(corners, greys, size, background):
     image = torch.arange(B, device=corners.device)[:, None, None] * size ** 2
     canvas = torch.full((B * size ** 2 + 1,), background, dtype=torch.uint8, device=corners.device)
     along = corners.roll(-1, 2) - corners                           # (B, P, V, 2)
-    visible = ((corners > -size) & (corners < 2 * size)).all(3) & (along.abs() < size).all(3)
-    longest = (along.abs().amax(3) * visible).amax((0, 2)).ceil().clamp(min=1).int().tolist()
+    length = along.abs().amax(3).ceil().clamp(1, 4 * size)          # dots of each line (B, P, V)
+    longest = length.amax((0, 2)).int().tolist()
     for p in range(P):                          # one grey each, so the order of writes is settled
-        t = torch.arange(longest[p], device=corners.device) / longest[p]
-        x, y = (corners[:, p, :, None] + along[:, p, :, None] * t[:, None]).floor().unbind(3)
+        t = torch.arange(longest[p], device=corners.device) / length[:, p, :, None]     # (B, V, t)
+        along_p = along[:, p, :, None] * t.clamp(max=1)[..., None]
+        x, y = (corners[:, p, :, None] + along_p).floor().unbind(3)
         inside = (x >= 0) & (x < size) & (y >= 0) & (y < size)
         cell = torch.where(inside, y * size + x, 0).long() + image              # (B, V, t)
         cell = torch.where(inside, cell, B * size ** 2)
@@ -1737,11 +1738,12 @@ def logistic_probe(probe, images, tests, classes, args, team):
     """Frozen features of whole images, logistic regression, the strength of its regularisation
     chosen on a fifth of the training images, then fitted to all -> test accuracies, decay."""
     transform = plain(args.img_size, classes, IMAGENET_MEAN, IMAGENET_STD)
+    exact = "cpu" if team.device.type == "mps" else team.device     # float64 for the line search
 
     def features(data):
         x = [probe.features(transform(batch, labels)[0])
              for batch, labels in data.batches(torch.arange(len(data)).split(500))]
-        return torch.cat(x), data.labels.to(team.device)
+        return torch.cat(x).to(exact).double(), data.labels.to(exact)
 
     def accuracy(weight, x, labels, k=1):
         ranked = (x @ weight[:-1] + weight[-1]).topk(min(k, classes)).indices == labels[:, None]
@@ -1766,21 +1768,22 @@ def probe(args, team):
     if team.world > 1:
         raise InputError("probe: runs in one process; start it without torchrun")
     images, tests, classes = open_data(args, team)
-    depth, out = MODELS[args.model][1], Path(args.out)
+    depth, out, resume = MODELS[args.model][1], Path(args.out), args.resume
     steps = math.ceil(args.epochs * len(images) / args.batch_size)
     for k in args.layers:
         if k > depth:
             raise InputError(f"--layers {k}: {args.model} has {depth} blocks")
     for k in args.layers:
         args.out = str(out / f"layer{k}")
-        start_run(args, team)
+        args.resume = resume and (Path(args.out) / "last.pt").exists()
+        checkpoint = start_run(args, team)
         model = make_model(args, team, classes, steps, f"first {k} blocks frozen; {args.data}, "
                                                        f"{len(images)}")
         if args.ckpt:
             load_weights(model, load_checkpoint(args.ckpt)["model"], args.ckpt)
         model, began = Probe(model, k, classes).to(team.device), time.perf_counter()
         if args.classifier == "sgd":
-            last = train_on(args, team, model, images, tests, classes, steps)
+            last = train_on(args, team, model, images, tests, classes, steps, checkpoint)
         else:
             last = logistic_probe(model, images, tests, classes, args, team)
             last |= dict(images=len(images), seconds=time.perf_counter() - began)
@@ -1809,11 +1812,11 @@ def render(args, team):
 
 SHEET = {       # for `show` and `bench`: flags of every source
     "1p-frac": dict(),
-    "OFDB": dict(categories=64),
-    "FractalDB": dict(categories=64, instances=64),
-    "RCDB": dict(source="rcdb", categories=64),
+    "OFDB": dict(categories=16),
+    "FractalDB": dict(categories=16, instances=16),
+    "RCDB": dict(source="rcdb", categories=16),
     "RCDB, LPCE": dict(source="rcdb"),
-    "Visual Atoms": dict(source="va", categories=64),
+    "Visual Atoms": dict(source="va", categories=16),
     "Visual Atoms, LPCE": dict(source="va"),
     "Gaussian": dict(source="gaussian"),
     "uniform": dict(source="uniform"),
@@ -1875,7 +1878,7 @@ def show(args, team):
     draw("fig4.png", f"as it is, {', '.join(WARPS)} ($\\Delta$ = 0.4)", rows)
 
     draw("sources.png", "eight classes of every source, but of FractalDB eight instances", [
-        (label, source(L=8, **SHEET[label])[:8]) for label in SHEET])
+        (label, source(L=16, **SHEET[label])[:8]) for label in SHEET])
 
 
 def bench(args, team):
@@ -1892,7 +1895,7 @@ def bench(args, team):
             drawn = len(source) / (time.perf_counter() - began)
             with open(os.devnull, "w") as quiet, contextlib.redirect_stdout(quiet):
                 pretrain(run, team)
-            rates[label] = read_log(run.out)[-1]["images_per_s"]
+            rates[label] = read_log(Path(run.out))[-1]["images_per_s"]
             print(f"{label:18}{len(source):8}{drawn:10.0f}{rates[label]:11.0f}"
                   f"{rates[label] / rates['1p-frac']:12.2f}", flush=True)
 

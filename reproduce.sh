@@ -1,25 +1,44 @@
 #!/usr/bin/env bash
-# What README reports, run again: bash reproduce.sh [transfer]
+# What README reports, run again: bash reproduce.sh [nano|small|paper] [transfer|all|NAME ...]
 #
-# Pre-trains on the fractal with three seeds, lets a fifth of the training images choose the learning
-# rate for fine-tuning from it and for training from scratch (the same grid for both), then runs both
-# with three seeds on all of them and tests on the test set. Each run keeps its folder under runs/;
-# an interrupted script goes on where it stopped, and finished runs are not run again.
+#   bash reproduce.sh                    # transfer at nano: the fractal against training from scratch
+#   bash reproduce.sh table5 fig3        # tables of the paper, by the names of `onepfrac.py table -h`
+#   bash reproduce.sh small all          # all of them on a GPU
+#   DATA="--data folder --root DIR" bash reproduce.sh ...    # other data than torchvision's CIFAR-100
 #
-#   DATA="--data folder --root DIR" bash reproduce.sh     # other data than torchvision's CIFAR-100
+# A table's run that has its line in results/runs.jsonl is not run again. An interrupted script goes
+# on where it stopped; every run keeps its folder under runs/.
 set -euo pipefail
 cd "$(dirname "$0")"
 python=${PYTHON:-python3}
 data=${DATA:---data cifar100}
-seeds="0 1 2"
-rates=${RATES:-0.05 0.1 0.2 0.4}
-subset="--train-per-class 250 --eval-epochs 2"
 
 once() {    # once COMMAND FOLDER FLAGS: run, or go on with, the run in that folder
     local command=$1 out=$2; shift 2
     if [ -f "$out/last.pt" ]; then set -- "$@" --resume; fi
     "$python" onepfrac.py "$command" --out "$out" "$@"
 }
+
+tables() {    # tables NAMES: what has no record yet
+    local plan command flags
+    plan=$("$python" onepfrac.py table "$@" --recipe "$recipe" --plan)
+    echo "$plan"
+    while read -r command flags; do
+        case $command in
+            pretrain) once pretrain "${flags##*--out }" ${flags%--out *} ;;
+            finetune | probe) once "$command" "${flags##*--out }" ${flags%--out *} $data \
+                --record results/runs.jsonl ;;
+        esac
+    done <<< "$plan"
+    "$python" onepfrac.py table "$@" --recipe "$recipe"
+}
+
+# Pre-trains on the fractal with three seeds, lets a fifth of the training images choose the learning
+# rate for fine-tuning from it and for training from scratch (the same grid for both), then runs both
+# with three seeds on all of them and tests on the test set.
+seeds="0 1 2"
+rates=${RATES:-0.05 0.1 0.2 0.4}
+subset="--train-per-class 250 --eval-epochs 2"
 
 best() {    # best ARM: the learning rate with the highest held-out accuracy
     for lr in $rates; do
@@ -45,7 +64,10 @@ transfer() {
     tail -qn 1 runs/from-*/log.jsonl
 }
 
+recipe=nano
+case ${1:-} in nano | small | paper) recipe=$1; shift ;; esac
 case ${1:-transfer} in
     transfer) transfer ;;
-    *) echo "reproduce.sh: unknown table $1; there is: transfer" >&2; exit 2 ;;
+    all) tables ;;
+    *) tables "$@" ;;
 esac

@@ -3,6 +3,7 @@
     python -m pytest -q
 """
 import argparse
+import base64
 import inspect
 import json
 import math
@@ -26,6 +27,20 @@ SCRIPT = Path(op.__file__)
 
 def seeded(seed=0):
     return torch.Generator().manual_seed(seed)
+
+
+def resolved(*arguments):
+    """The settings of a command line, with small pictures."""
+    args = op.make_parser().parse_args([str(a) for a in arguments])
+    op.resolve(args)
+    return args
+
+
+def opened(*flags):
+    """The source of these flags of `pretrain`."""
+    small = [] if "--canvas" in flags else ["--canvas", 64]
+    args = resolved("pretrain", "--recipe", "nano", "--device", "cpu", "--points", 2000, *small, *flags)
+    return op.open_source(args, torch.device("cpu"))
 
 
 # --------------------------------------------------------------------------------- 1 IFS and sigma
@@ -83,7 +98,8 @@ def test_renderer_hits_the_pixels_of_a_plain_loop(num_maps, seed):
     maps = torch.stack([op.sample_ifs(num_maps, 1.6 * num_maps, seeded(seed + 10 * k))
                         for k in range(3)])
     images = op.render_ifs(maps, 128, 5000, "point", seeded(7), torch.ones(num_maps))
-    sequence = op.map_sequence(torch.ones(num_maps), 5000, seeded(7))
+    draws = torch.rand(op.BURN_IN + op.ORBIT, 50, generator=seeded(7), dtype=torch.float64)
+    sequence = op.map_sequence(torch.ones(num_maps), draws)
     for image, system in zip(images, maps):
         wrong = (image.numpy() > 0) != plain_loop_hits(system, sequence, 128)
         # float32 against float64 moves a point across a pixel's border now and then
@@ -92,8 +108,9 @@ def test_renderer_hits_the_pixels_of_a_plain_loop(num_maps, seed):
 
 def test_map_sequence_draws_from_the_probabilities_independently():
     probs = torch.tensor([0.1, 0.6, 0.3])
-    sequence = op.map_sequence(probs, 100_000, seeded(1))
-    assert sequence.shape == (op.BURN_IN + op.ORBIT, 1000)
+    draws = torch.rand(op.BURN_IN + op.ORBIT, 1000, generator=seeded(1), dtype=torch.float64)
+    sequence = op.map_sequence(probs, draws)
+    assert sequence.shape == draws.shape
     share = torch.bincount(sequence.flatten()) / sequence.numel()
     assert (share - probs).abs().max() < 0.005
     for after, before in ((sequence[1:], sequence[:-1]), (sequence[:, 1:], sequence[:, :-1])):
@@ -173,6 +190,17 @@ def test_images_do_not_depend_on_the_group_they_are_rendered_in(monkeypatch):
     assert (op.ifs_coverage(maps, 64, 2000, "fill", probs, seeded(3)) == together).all()
 
 
+def test_systems_with_probabilities_of_their_own_render_together_as_alone():
+    maps = torch.stack([op.sample_ifs(3, 4.8, seeded(s)) for s in range(5)])
+    probs = torch.rand(5, 3, generator=seeded(9))
+    probs[2, 1] = 0                                             # this system has two maps
+    together = op.ifs_coverage(maps, 128, 5000, "point", probs, seeded(3))
+    alone = [op.ifs_coverage(maps[i:i + 1], 128, 5000, "point", probs[i], seeded(3)) for i in range(5)]
+    assert (together == torch.cat(alone)).all() and (together[2] > 0).any()
+    fewer = op.ifs_coverage(maps[2:3, [0, 2]], 128, 5000, "point", probs[2, [0, 2]], seeded(3))
+    assert (fewer[0] == together[2]).all()
+
+
 @pytest.mark.parametrize("change", [dict(size=4), dict(points=0), dict(texture="dots"),
                                     dict(maps=torch.zeros(2, 2, 3))])
 def test_renderer_refuses_bad_arguments(change):
@@ -207,15 +235,13 @@ def test_multiplicative_perturbation_scales_each_number():
 
 
 def test_first_perturbations_do_not_depend_on_L():
-    base = op.base_ifs(2, 3.5, 32)
     for delta in (0.1, 1.0):                                    # at 1.0 most candidates are passed over
-        few, few_maps = op.liep_images(base, delta, 6, 64, 2000, "fill", "additive", 0, "cpu")
-        many, many_maps = op.liep_images(base, delta, 25, 64, 2000, "fill", "additive", 0, "cpu")
-        assert (many[:6] == few).all() and (many_maps[:6] == few_maps).all()
-        assert ((many > 0).float().mean((1, 2)) >= 0.05).all()
-    assert (op.stamp(many, "random", seeded(4))[:6] == op.stamp(few, "random", seeded(4))).all()
-    other = op.liep_images(base, 0.1, 6, 64, 2000, "fill", "additive", 1, "cpu")[1]
-    assert (other != few_maps).any()
+        few, many = (opened("--delta", delta, "--L", L) for L in (6, 25))
+        assert (many.images[:6] == few.images).all() and (many.theta["eps"][:6] == few.theta["eps"]).all()
+        assert ((many.images > 0).float().mean((1, 2)) >= 0.05).all()
+    assert (op.stamp(many.images, "random", seeded(4))[:6] == op.stamp(few.images, "random", seeded(4))).all()
+    other = opened("--delta", 1.0, "--L", 6, "--seed", 1)
+    assert (other.theta["eps"] != few.theta["eps"]).any()
 
 
 def test_lpce_is_ln_L_before_training_and_takes_soft_targets():
@@ -227,6 +253,195 @@ def test_lpce_is_ln_L_before_training_and_takes_soft_targets():
     expected = -(soft * logits.log_softmax(1)).sum(1).mean()
     assert abs(op.lpce_loss(logits, soft) - expected) < 1e-6
     assert op.lpce_loss(logits, labels) == F.nll_loss(logits.log_softmax(1), labels)
+
+
+# ---------------------------------------------------------------------------------- 4 image sources
+
+def test_a_category_is_a_base_system_and_an_instance_one_of_its_variations():
+    few, many = opened("--categories", 2, "--instances", 101), opened("--categories", 3)
+    assert len(few) == 202 and few.labels.tolist() == [0] * 101 + [1] * 101
+    assert many.labels.tolist() == [0, 1, 2]
+    assert (few.theta["maps"] == many.theta["maps"][:2]).all()          # the first of C categories
+    assert (few.images[[0, 101]] == many.images[:2]).all()              # OFDB: the first instance
+    assert ((many.theta["probs"] > 0).sum(1) >= 2).all()
+    assert many.theta["maps"].abs().max() <= 1
+    images = few.images[:101]
+    assert (images[25] == images[0].flip(0)).all() and (images[50] == images[0].flip(1)).all()
+    assert (images[75] == images[0].flip(0, 1)).all() and (images[100] == images[0]).all()
+    maps = few.theta["maps"][0].clone()
+    maps[:, 1, 1] *= 1.8                                                # d, the fifth of six numbers
+    drawn = op.ifs_coverage(maps[None], 64, 2000, "fill", few.theta["probs"][0],
+                            seeded(op.seed_for(0, "eps")))
+    assert (images[20] == drawn[0]).all()
+
+
+def test_searched_categories_fill_a_fifth_of_the_canvas_over_their_whole_box():
+    maps, probs = op.fractaldb_maps(3, 0)
+    for system, p in zip(maps, probs):
+        v, points = np.zeros(2), []
+        rng = np.random.default_rng(0)
+        system, p = system.double().numpy(), p.double().numpy()
+        for j in rng.choice(7, 100_000, p=p / p.sum()):
+            v = system[j, :, :2] @ v + system[j, :, 2]
+            points.append(v)
+        points = np.array(points[30:])
+        cell = ((points - points.min(0)) / np.ptp(points, 0) * 499).astype(int)
+        assert len(np.unique(cell[:, 0] * 1000 + cell[:, 1])) > 0.19 * 512 ** 2
+
+
+def test_what_does_not_fit_is_drawn_at_every_step(monkeypatch):
+    for flags in ((), ("--categories", 3, "--instances", 30), ("--source", "rcdb"), ("--source", "uniform"),
+                  ("--source", "image")):
+        kept = opened("--L", 12, *flags)
+        monkeypatch.setattr(op, "ON_DEVICE_BYTES", 0)
+        drawn = opened("--L", 12, *flags)
+        monkeypatch.undo()
+        assert kept.stored and not drawn.stored
+        indices = [torch.tensor([3, 0, 7]), torch.tensor([11])]
+        for (a, i), (b, j) in zip(kept.batches(indices), drawn.batches(indices)):
+            assert (a == b).all() and (i == j).all()
+
+
+def test_noise_clouds_have_the_moments_of_their_theta():
+    source = opened("--source", "gaussian", "--texture", "point", "--L", 3, "--delta", 1.0, "--canvas", 512)
+    theta = source.theta["base"] + source.theta["eps"]
+    generator = seeded(32)
+    z = torch.randn((op.ORBIT, 2, 20, 1), generator=generator)[..., 0].double()
+    for image, some in zip(source.images, theta.double()):
+        covariance = (some[:, 1:] + some[:, 1:].T) / 2
+        value, vector = np.linalg.eigh(covariance.numpy())
+        root = torch.tensor(vector @ np.diag(np.sqrt(value)) @ vector.T)
+        points = torch.einsum("ij,tjk->tik", root, z) + some[:, 0, None]
+        pixel = (points * torch.tensor([1, -1.])[:, None] + 3) / 6 * (512 - 1 - 12) + 6.5
+        inside = (points.abs() <= 3).all(1)
+        cells = {(int(y), int(x)) for (x, y) in pixel.permute(0, 2, 1)[inside].tolist()}
+        lit = {tuple(c) for c in image.nonzero().tolist()}
+        assert len(cells ^ lit) <= 0.01 * len(cells)            # float32 against float64
+    source = opened("--source", "uniform", "--L", 4, "--delta", 0.5, "--texture", "point", "--canvas", 512)
+    theta = source.theta["base"] + source.theta["eps"]
+    for image, ((left, right), (low, high)) in zip(source.images, theta.tolist()):
+        rows, columns = image.any(1).nonzero()[:, 0], image.any(0).nonzero()[:, 0]
+        seen = torch.tensor([columns[0], columns[-1], rows[-1], rows[0]])
+        want = torch.tensor([left, right, -low, -high]) / 3 * 499 + 256
+        assert (seen - want).abs().max() < 3
+
+
+def test_contours_agree_with_pillow_and_later_lines_cover_earlier_ones():
+    from PIL import ImageDraw
+    corners = torch.rand(1, 3, 7, 2, generator=seeded(0)) * 150 - 11    # some outside of the canvas
+    ours = op.draw_contours(corners, torch.tensor([[50, 120, 255]], dtype=torch.uint8), 128, 0)[0]
+    theirs = Image.new("L", (128, 128))
+    for polygon, grey in zip(corners[0].floor().int().tolist(), (50, 120, 255)):
+        ImageDraw.Draw(theirs).line([tuple(p) for p in polygon + polygon[:1]], fill=grey)
+    theirs = torch.tensor(np.array(theirs))
+    for grey in (50, 120, 255):
+        a, b = (ours >= grey), (theirs >= grey)
+        near_a, near_b = (op.dilate(x[None].to(torch.uint8))[0] > 0 for x in (a, b))
+        assert not (a & ~near_b).any() and not (b & ~near_a).any()      # never more than a pixel off
+        assert abs(a.sum() - b.sum()) < 0.1 * b.sum()
+    two = op.draw_contours(corners[:, [0, 0]], torch.tensor([[9, 5]], dtype=torch.uint8), 128, 200)
+    assert set(two.unique().tolist()) == {5, 200}
+    batch = op.draw_contours(torch.cat([corners + 5, corners]), torch.tensor(
+        [[50, 120, 255]], dtype=torch.uint8).expand(2, -1), 128, 0)
+    assert (batch[1] == ours).all() and (batch[0] != ours).any()
+
+
+@pytest.mark.parametrize("kind", ["rcdb", "va"])
+def test_contours_have_the_numbers_of_the_authors(kind):
+    counts, steps = [], []
+    for category in range(60):
+        offsets, centre, greys = op.contour(kind, 0, category, 0)
+        P, V, _ = offsets.shape
+        assert 1 <= P <= 200 and (3 <= V <= 200 if kind == "rcdb" else 200 <= V <= 1000)
+        assert greys.shape == (P,) and -0.1 <= centre.min() and centre.max() <= 512.1
+        counts.append(V)
+        steps += offsets[:, 0, 0].diff().tolist()                   # the vertex at angle 0 moves along x
+    assert len(set(counts)) > 30
+    assert 1 < np.mean(steps) < 3 if kind == "rcdb" else 3 < np.mean(steps) < 5     # c + w, c: 0-4, 2-6
+    a, b = op.contour(kind, 0, 5, 0), op.contour(kind, 0, 5, 1)
+    assert a[0].shape == b[0].shape and (a[0] != b[0]).any() and (a[1] != b[1]).any()
+    noise = op.gradient_noise((100_000,), seeded(0))
+    assert abs(noise.mean()) < 0.01 and noise.abs().max() < 1.7 and 0.3 < noise.std() < 0.6
+
+
+def test_a_perturbed_contour_scales_the_radii():
+    source = opened("--source", "va", "--L", 3, "--canvas", 128)
+    base, eps = source.theta["base"], source.theta["eps"]
+    assert eps.shape == (3, len(base)) and eps.abs().max() <= 0.05
+    offsets, centre, greys = next(c for c in (op.contour("va", 32, k, 0) for k in range(99))
+                                  if c[0].shape == base.shape and (c[0] == base).all())
+    for k in range(3):
+        corners = (centre + offsets * (1 + eps[k])[:, None, None]) * 0.25
+        assert (op.draw_contours(corners[None], greys[None], 128, 0)[0] == source.images[k]).all()
+    assert (op.filled(source.images) > 0.1).all()
+
+
+# Edges of the shapes below by cv2.Canny(smoothed, 100, 200), one bit a pixel.
+CANNY = (
+    "AAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA"
+    "AAAAAAAAAAAAAAAAAAAAAAAAAAAAAAD/gAAAAAAAAwBgAAAAAAAMADgAAAAAABgADAAAAAAAMAAGAAAAAAAgAAIAAAAAAEAAAwAA"
+    "AAAAQAABAAAAAACAAACAAAAAAIAAAIAAAAAAgAAAgAAAAACAAACAAAAAAIAAAIAAAAAAgAAAgAAAAACAAACAAAAAAIAAAIAAAAAA"
+    "gAAAgAAAAABAAAEAAAAAAGAAAwAAAAAAIAACAAAAAAAwAAYAAAAAABgADAAAAAAADgA4AB/gAAADgOAH4B8AAAB/AAQAAQAAAAAA"
+    "BAABAAAAAAAEAAEAAAAAAAgAAQAAAAAABAABAAAAAAAEAACAAAAAAAQAAIAAAAAABAAAgAAAAAAIAACAAAAAAAgAAIAAAAAACAAB"
+    "AAAAAAAEAAEAAAAAAAQAAQAAAAAAB55/AAAAAAAAYYAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA"
+    "AAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA=")
+
+
+def test_canny_is_opencv_s():
+    y, x = np.mgrid[:64, :64]
+    shapes = 40 + 90 * ((x - 20) ** 2 + (y - 24) ** 2 < 150) + 3 * ((x + 2 * y) // 3 % 40 > 24) * (x > 30)
+    shapes += 70 * ((x > 36) & (x < 56) & (y > 34) & (y < 50)) + (x * y // 60)
+    expected = np.unpackbits(np.frombuffer(base64.b64decode(CANNY), np.uint8)).reshape(64, 64)
+    edges = op.canny(torch.tensor(shapes.clip(0, 255), dtype=torch.uint8))
+    assert (edges.numpy() == 255 * expected).all() and 100 < expected.sum() < 1000
+
+
+def test_canny_follows_weak_edges_only_from_strong_ones():
+    image = torch.zeros(64, 64, dtype=torch.uint8)
+    image[:, 32:] = torch.linspace(25, 120, 64).to(torch.uint8)[:, None]    # a border that fades
+    edges = op.canny(image) > 0
+    assert edges.sum(1).max() == 1                                          # thin
+    strong, weak = (edges[:, 28:36].any(1).nonzero()[0, 0] for edges in (
+        op.canny(image, 200, 200) > 0, op.canny(image, 100, 200) > 0))
+    assert weak < strong                                                    # goes on beyond the strong part
+    faint = image // 2
+    assert not op.canny(faint, 110, 255).any() and op.canny(faint, 60, 100).any()
+
+
+def test_warps_leave_the_image_alone_at_zero_and_agree_with_torch():
+    image = torch.rand(1, 3, 32, 32, generator=seeded(0))
+    for kind, base in op.WARPS.items():
+        grid = op.warp_grid(kind, base[None], 32)
+        assert (F.grid_sample(image, grid, align_corners=False) - image).abs().max() < 1e-4
+        moved = op.warp_grid(kind, op.perturb(base, 0.3, 2, seeded(1)), 32)
+        assert moved.shape == (2, 32, 32, 2) and (moved[0] - moved[1]).abs().max() > 0.01
+    theta = op.perturb(op.WARPS["affine"], 0.4, 3, seeded(2))
+    ours = op.warp_grid("affine", theta, 32)
+    assert (ours - F.affine_grid(theta, (3, 1, 32, 32), align_corners=False)).abs().max() < 1e-6
+    assert (op.warp_grid("polynomial", F.pad(theta, (0, 3)), 32) - ours).abs().max() < 1e-6
+    h = torch.eye(3)[None].repeat(3, 1, 1)
+    h[:, :2] = theta
+    assert (op.warp_grid("homography", h, 32) - ours).abs().max() < 1e-6
+    h[:, 2] = torch.tensor([0.2, -0.1, 1.1])
+    x, y = -1 + (2 * 5 + 1) / 32, -1 + (2 * 9 + 1) / 32                     # column 5, row 9
+    want = h[1].double() @ torch.tensor([x, y, 1.0], dtype=torch.float64)
+    assert (op.warp_grid("homography", h, 32)[1, 9, 5] - want[:2] / want[2]).abs().max() < 1e-5
+    bend = torch.zeros(1, 2, 6)
+    bend[:, :, :3] = torch.eye(2, 3)
+    bend[0, 0, 4] = 0.3
+    assert abs(op.warp_grid("polynomial", bend, 32)[0, 9, 5, 0] - (x + 0.3 * x * y)) < 1e-6
+
+
+def test_one_photograph_gives_classes_that_differ_by_their_warp():
+    for edges in ("none", "canny"):
+        source = opened("--source", "image", "--L", 6, "--edges", edges, "--delta", 0.2)
+        assert source.images.shape == (6, 3 if edges == "none" else 1, 64, 64)
+        assert source.labels.tolist() == list(range(6)) and not source.dots
+        assert (source.images[0] != source.images[1]).any()
+        still = opened("--source", "image", "--L", 2, "--edges", edges, "--delta", 0.0)
+        photo = op.photograph(None, 64, "cpu")
+        want = photo if edges == "none" else op.canny(op.to_grey(photo[None].float())[0, 0].to(torch.uint8))
+        assert (still.images == want).all()
 
 
 # ----------------------------------------------------------------------------------- 5 augmentation
@@ -617,7 +832,7 @@ def test_pretraining_learns_and_its_folder_explains_itself(pretrained):
     assert log[-1]["loss"] < 0.75 * math.log(8) and log[-1]["images"] == 120 * 64
     args = json.loads((out / "args.json").read_text())
     assert args["delta"] == 0.1 and args["L"] == 8 and args["lr"] == 1e-3
-    fractal = json.loads((out / "fractal.json").read_text())
+    fractal = json.loads((out / "theta.json").read_text())
     base, eps = torch.tensor(fractal["base"]), torch.tensor(fractal["eps"])
     assert (base == op.base_ifs(2, 3.5, args["fractal_seed"])).all()
     assert eps.shape == (8, 2, 2, 3) and eps.abs().max() <= 0.05 + 1e-6
@@ -653,7 +868,7 @@ def test_render_writes_a_folder_that_trains(tmp_path):
 def test_show_draws_the_figures(tmp_path):
     done = run("show", "--canvas", 32, "--points", 1000, "--device", "cpu", "--out", tmp_path)
     assert done.returncode == 0, done.stderr
-    for name in ("fig2b.png", "fig2c.png"):
+    for name in ("fig2b.png", "fig2c.png", "fig4.png", "sources.png"):
         assert np.array(Image.open(tmp_path / name).convert("L")).std() > 20
 
 
@@ -731,6 +946,15 @@ PRE, FINE = ["pretrain"], ["finetune", "--data", "folder", "--root", "{folder}",
     ([*FINE, "--root", "{tmp}/empty"], "--root"), ([*FINE, "--root", "{tmp}/unreadable"], "--root"),
     ([*FINE, "--train-per-class", "41"], "--train-per-class"),
     ([*FINE, "--train-per-class", "2", "--holdout", "0.1"], "--holdout"),
+    ([*PRE, "--warp", "elastic"], "--warp"), ([*PRE, "--edges", "canny"], "--edges"),
+    ([*PRE, "--source", "image", "--image", "{tmp}/broken.pt"], "--image"),
+    ([*PRE, "--source", "image", "--categories", "3"], "--categories"),
+    ([*PRE, "--instances", "3"], "--instances"), ([*PRE, "--fresh-texture"], "--fresh-texture"),
+    ([*PRE, "--source", "rcdb", "--fresh-texture", "--texture", "random"], "--fresh-texture"),
+    ([*PRE, "--source", "folder", "--root", "{tmp}/nowhere"], "--root"),
+    ([*PRE, "--source", "folder", "--root", "{tmp}/unreadable/test", "--workers", "0"], "--root"),
+    ([*PRE, "--source", "clouds"], "--source"), (["probe", *FINE[1:], "--layers", "7"], "--layers"),
+    (["table", "table1"], "NAME"), (["table", "--records", "{tmp}/broken.pt"], "--records"),
     ([*PRE, "--fractal-seed", str(2 ** 64)], "--fractal-seed"), ([*PRE, "--steps", "9" * 400], "--steps"),
     (["show", "--out", "{tmp}/broken.pt"], "--out"), ([*PRE, "--out", "{tmp}/broken.pt/x"], "--out"),
     (["finetune", "--data", "cifar100", "--root", "{tmp}/dl"], "--data"),
@@ -774,19 +998,241 @@ def test_a_finished_run_is_not_overwritten(pretrained, capsys):
 
 def test_recipes_name_only_flags_and_any_flag_overrides_them():
     for recipe in op.RECIPES:
-        for command in ("pretrain", "finetune", "render"):
+        for command in ("pretrain", "finetune", "render", "probe"):
             args = op.make_parser().parse_args([command, "--recipe", recipe, "--device", "cpu"])
             op.resolve(args)
-            assert not [k for k, v in vars(args).items() if v is None and k != "ckpt"
-                        and k != "train_per_class"]
+            assert not [k for k, v in vars(args).items() if v is None and k not in (
+                "ckpt", "train_per_class", "record", "image")]
     for table in op.RECIPES.values():
-        for command in ("pretrain", "finetune"):
+        for command in ("pretrain", "finetune", "probe"):
             known = vars(op.make_parser().parse_args([command]))
             assert set(table[command]) - {"augment"} <= set(known)
             assert set(table[command]["augment"].split()) <= set(op.SWITCHES)
     args = op.make_parser().parse_args(["pretrain", "--recipe", "nano", "--lr", "0.5", "--no-crop"])
     op.resolve(args)
     assert args.lr == 0.5 and args.crop is False
+
+
+# ------------------------------------------------------- flags: each changes its own thing, no other
+
+def pictures(arguments):
+    """Images and labels of the first two batches that pre-training gets, before augmentation."""
+    args = resolved("pretrain", "--recipe", "nano", "--device", "cpu", *arguments.split())
+    seen = []
+
+    def catch(args, team, model, batches, augment, steps, checkpoint):
+        seen.extend(batch for batch, _ in zip(batches(0), range(2)))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(op, "train", catch)
+        patch.setattr(op, "start_run", lambda args, team: {"step": 0})
+        op.pretrain(args, op.Team(torch.device("cpu"), 0, 1))
+    return args, seen
+
+
+SMALL = "--canvas 64 --points 1500 --L 16 --batch-size 16"
+
+
+@pytest.fixture(scope="module")
+def usual():
+    return pictures(SMALL)
+
+
+@pytest.mark.parametrize("flags", [
+    "--delta 0.3", "--sigma 4.5", "--L 9", "--noise multiplicative", "--fractal-seed 1", "--num-maps 3",
+    "--canvas 48", "--points 300", "--texture random", "--texture point", "--seed 5", "--categories 16",
+    "--categories 4 --instances 4", "--source rcdb", "--source va", "--source gaussian", "--source uniform",
+    "--source image", "--source image --edges canny", "--source image --warp elastic",
+    "--source image --image {photo}", "--source folder --root {folder} --workers 0", "--batch-size 8",
+    "--texture random --fresh-texture"])
+def test_flags_of_the_picture_change_it(flags, usual, image_folder, tmp_path):
+    Image.effect_noise((80, 70), 90).save(tmp_path / "photo.png")
+    flags = flags.format(photo=tmp_path / "photo.png", folder=image_folder / "train")
+    args, batches = pictures(f"{SMALL} {flags}")
+    named = {word[2:].replace("-", "_") for word in flags.split() if word.startswith("--")}
+    assert {k for k in vars(args) if vars(args)[k] != vars(usual[0])[k]} == named
+    assert not all(a.shape == b.shape and (a == b).all() for (a, _), (b, _) in zip(batches, usual[1]))
+
+
+@pytest.mark.parametrize("flags", [
+    "--lr 0.1", "--weight-decay 0.3", "--warmup 0.5", "--optimizer sgd", "--clip-grad 0.01", "--randaug",
+    "--no-crop", "--no-aspect", "--erase", "--mixup", "--cutmix", "--flip", "--jitter", "--smoothing 0.2",
+    "--crop-scale 0.5 0.6", "--drop-path 0.5", "--model vit_tiny", "--patch-size 8", "--img-size 24",
+    "--precision bf16", "--steps 2"])
+def test_flags_of_training_leave_the_picture_alone_and_change_the_training(flags, usual, tmp_path):
+    args, batches = pictures(f"{SMALL} {flags}")
+    named = {word[2:].replace("-", "_").removeprefix("no_") for word in flags.split() if word.startswith("--")}
+    assert {k for k in vars(args) if vars(args)[k] != vars(usual[0])[k]} - {"precision"} == named - {"precision"}
+    assert all((a == b).all() and (i == j).all() for (a, i), (b, j) in zip(batches, usual[1]))
+    weights = []
+    for k, more in enumerate(("", flags)):
+        words = f"pretrain --recipe nano {SMALL} --device cpu --precision fp32 --steps 3 {more}".split()
+        assert op.main([*words, "--out", str(tmp_path / str(k))]) == 0
+        weights.append(torch.load(tmp_path / str(k) / "last.pt", weights_only=True)["model"]["norm.weight"])
+    assert weights[0].shape != weights[1].shape or (weights[0] != weights[1]).any()
+
+
+# ------------------------------------------------------------------------------------ probe and table
+
+def test_probe_sees_the_first_blocks_only_and_trains_the_head_only():
+    torch.manual_seed(0)
+    model = op.ViT(16, 8, 10, 48, 3, 2, drop_path=0.5)
+    probe, x = op.Probe(model, 2, 10), torch.randn(5, 3, 16, 16)
+    before = probe.features(x)
+    want = model.blocks[1](model.blocks[0](model.embed(x)))[:, 1:].mean(1)
+    assert torch.equal(before, want) and torch.equal(probe.train().features(x), want)
+    nn.init.normal_(model.blocks[2].mlp.fc1.weight)
+    nn.init.normal_(model.norm.weight)
+    assert torch.equal(probe.features(x), before)
+    trained = [n for n, p in probe.named_parameters() if p.requires_grad]
+    assert trained == ["head.weight", "head.bias"]
+    groups = op.make_optimizer(probe, "sgd", 0.1, 0.01).param_groups
+    assert sum(len(g["params"]) for g in groups) == 2
+
+
+def test_logistic_regression_reaches_the_optimum():
+    g = seeded(0)
+    x, labels = torch.randn(200, 5, generator=g), torch.randint(3, (200,), generator=g)
+    x[:, 0] += 2 * labels
+    x = x.double()
+    weight = op.fit_logistic(x, labels, 3, decay=0.05)
+    w = weight.clone().requires_grad_()
+
+    def loss(w):
+        return F.cross_entropy(x @ w[:-1] + w[-1], labels) + 0.025 * w[:-1].square().sum()
+    loss(w).backward()
+    assert w.grad.abs().max() < 1e-4
+    v = torch.zeros_like(w).detach().requires_grad_()           # plain gradient descent ends there too
+    for _ in range(3000):
+        gradient, = torch.autograd.grad(loss(v), v)
+        v = (v - 0.3 * gradient).detach().requires_grad_()
+    assert (x @ (v[:-1] - w[:-1]) + (v[-1] - w[-1])).std(0).max() < 1e-2
+    assert op.fit_logistic(x, labels, 3, 5.0)[:-1].norm() < weight[:-1].norm()
+
+
+@pytest.mark.parametrize("classifier", ["sgd", "lbfgs"])
+def test_probe_classifies_colours_and_leaves_a_record(classifier, pretrained, image_folder, tmp_path):
+    done = run("probe", "--ckpt", pretrained[0] / "last.pt", "--data", "folder", "--root", image_folder,
+               "--layers", 1, 2, "--classifier", classifier, "--epochs", 20, "--batch-size", 16, "--workers",
+               0, *TINY, "--out", tmp_path / "p", "--record", tmp_path / "runs.jsonl")
+    assert done.returncode == 0, done.stderr
+    records = [json.loads(line) for line in open(tmp_path / "runs.jsonl")]
+    assert [r["layer"] for r in records] == [1, 2] and [r["settings"]["layers"] for r in records] == [[1], [2]]
+    for r in records:
+        assert r["test_top1"] >= 70 and r["command"] == "probe" and r["pretrain"]["L"] == 8
+        assert ("decay" in r) == (classifier == "lbfgs") and r["images"] > 120 * 64
+        assert not {"out", "root", "ckpt", "record"} & (set(r["settings"]) | set(r["pretrain"]))
+    assert (tmp_path / "p" / "layer2" / "args.json").exists()
+
+
+def test_regularisation_is_chosen_without_the_test_set():
+    class Still:
+        def __init__(self, x, labels):
+            self.x, self.labels = x, labels
+
+        def __len__(self):
+            return len(self.x)
+
+        def batches(self, index_lists):
+            return ((self.x[i], self.labels[i]) for i in index_lists)
+
+    probe = argparse.Namespace(features=lambda x: x.flatten(1).float())
+    args = argparse.Namespace(img_size=4)
+    g = seeded(1)
+    labels = torch.arange(120) % 3
+    x = (torch.randint(60, (120, 3, 4, 4), generator=g) + 30 * labels.view(-1, 1, 1, 1)).to(torch.uint8)
+    team = op.Team(torch.device("cpu"), 0, 1)
+    right = op.logistic_probe(probe, Still(x, labels), Still(x[:30], labels[:30]), 3, args, team)
+    wrong = op.logistic_probe(probe, Still(x, labels), Still(x[:30], (labels[:30] + 1) % 3), 3, args, team)
+    assert right["decay"] == wrong["decay"] and right["test_top1"] > 60 > wrong["test_top1"]
+
+
+def record_of(recipe, row, seed, top1, **changes):
+    _, second, pretraining, settings = op.planned(recipe, row, seed)
+    if pretraining:
+        pretraining |= {k: v for k, v in changes.items() if k in pretraining}
+    return json.dumps(dict(command=second.split()[0], recipe=recipe, seed=seed, test_top1=top1, seconds=120,
+                           pretrain=pretraining, settings=settings)) + "\n"
+
+
+def test_table_prints_what_is_measured_and_plans_what_is_missing(tmp_path, capsys):
+    rows = {row[0]: row for row in op.TABLES["table5"][2]}
+    with open(tmp_path / "runs.jsonl", "w") as file:
+        for seed, top1 in ((0, 20.0), (1, 22.0), (2, 27.0)):
+            file.write(record_of("nano", rows["0.1"], seed, top1))
+        file.write(record_of("nano", rows["0.2"], 0, 30.0))
+        file.write(record_of("nano", rows["0.05"], 0, 40.0, lr=0.5))        # another setting
+        file.write(record_of("small", rows["0.05"], 0, 50.0))               # another recipe
+    common = ["table", "table5", "--recipe", "nano", "--records", str(tmp_path / "runs.jsonl"),
+              "--device", "cpu", "--out", str(tmp_path / "tables")]
+    assert op.main(common) == 0
+    printed = capsys.readouterr().out
+    assert "| 0.1 | 84.2 | 23.00 (3.61) | 3 of 3 |" in printed
+    assert "| 0.2 | 83.4 | 30.00 | 1 of 3 |" in printed and "| 0.05 | 83.0 | not run | 0 of 3 |" in printed
+    assert "table7" not in printed and (tmp_path / "tables" / "nano.md").read_text().strip() in printed
+    assert Image.open(tmp_path / "tables" / "nano.png").size[0] > 500
+    assert op.main([*common, "--plan"]) == 0
+    captured = capsys.readouterr()
+    plan = captured.out.splitlines()
+    assert "14 runs to do, about 28 minutes" in captured.err and len(plan) == 28
+    assert not any("/1p-frac/" in line or "delta-0.2/0" in line for line in plan)
+    for line in plan:                                           # every line is a command, once
+        resolved(*(line.split()[:-2] if "--ckpt" not in line else ["table"]))
+    assert len(set(plan)) == 28 and plan[0].startswith("pretrain ") and plan[1].startswith("finetune ")
+
+
+def test_every_row_of_every_table_is_a_command_at_every_recipe():
+    for recipe in op.RECIPES:
+        seen = {}
+        for _, _, rows in op.TABLES.values():
+            for row in rows:
+                first, second, pretraining, settings = op.planned(recipe, row, 0)
+                assert (first is None) == (row[2] is None) and settings["recipe"] == recipe
+                seen.setdefault((first, second), []).append(row)
+                if row[2]:
+                    base = op.planned(recipe, ("", None, ""), 0)[2]
+                    changed = {k for k in base if base[k] != pretraining[k]}
+                    assert changed or "--L 1000" in row[2] or "--L 64" in row[2] or "seed 32" in row[2]
+        assert len({folder.split("--out ")[1] for _, folder in seen}) == len(seen)
+
+
+def test_reproduce_runs_what_has_no_record_and_goes_on(tmp_path):
+    """With a stand-in that notes the commands and pretends to run them."""
+    for name in ("reproduce.sh", "onepfrac.py"):
+        (tmp_path / name).write_text((SCRIPT.parent / name).read_text())
+    (tmp_path / "results").mkdir()
+    (tmp_path / "fake.sh").write_text(f"""#!/bin/bash
+if [ "$2" = table ]; then exec {sys.executable} "$@"; fi
+echo "$@" >> commands.txt
+out=$(echo "$@" | sed 's/.*--out \\([^ ]*\\).*/\\1/'); mkdir -p $out; touch $out/last.pt
+[ "$(wc -l < commands.txt)" = 3 ] && exit 1
+exit 0
+""")
+    rows = op.TABLES["table4"][2]
+    (tmp_path / "results" / "runs.jsonl").write_text("".join(
+        record_of("nano", row, 0, 10.0) for row in rows[1:]))
+
+    def reproduce(*names):
+        return subprocess.run(["bash", "reproduce.sh", *names], cwd=tmp_path, capture_output=True, text=True,
+                              env={**os.environ, "PYTHON": f"{tmp_path}/fake.sh", "OMP_NUM_THREADS": "1"})
+    os.chmod(tmp_path / "fake.sh", 0o755)
+    done = reproduce("table4")
+    commands = (tmp_path / "commands.txt").read_text().splitlines()
+    assert done.returncode == 0 and "1 runs to do, about 2 minutes" in done.stderr
+    assert [c.split()[1] for c in commands] == ["pretrain", "finetune"] and "gaussian" in commands[0]
+    assert "--data cifar100 --record results/runs.jsonl" in commands[1] and "| uniform | 2.0 |" in done.stdout
+    assert reproduce("table4").returncode == 1                  # the third command is interrupted ...
+    assert reproduce("nano", "table4").returncode == 0          # ... and goes on
+    commands = (tmp_path / "commands.txt").read_text().splitlines()
+    assert len(commands) == 5 and all("--resume" in c for c in commands[2:])
+    assert reproduce("table99").returncode == 2
+
+
+def test_bench_times_every_source(tmp_path):
+    done = run("bench", "--steps", 2, "--batch-size", 8, "--canvas", 32, "--points", 500, "--L", 4, *TINY,
+               "--out", tmp_path / "bench")
+    assert done.returncode == 0, done.stderr
+    lines = [line for line in done.stdout.splitlines() if line.startswith(tuple(op.SHEET))]
+    assert len(lines) == len(op.SHEET) and all(float(line.split()[-1]) > 0 for line in lines)
 
 
 def test_import_does_nothing():
