@@ -41,6 +41,9 @@ from torch import nn
 # Literal numbers of the three scales; any flag overrides its number. `augment` names the switches
 # of Table 9 that are on; warm-up is a fraction of the steps; every other name is a flag. `paper`
 # holds what the paper and the authors' code say; jitter acts there once RandAugment is off.
+PROBE = dict(
+    batch_size=256, optimizer="sgd", lr=0.1, weight_decay=0.0, warmup=0.0, clip_grad=0.0,
+    augment="crop aspect flip", crop_scale=(0.4, 1.0), smoothing=0.0)
 RECIPES = {
     "nano": dict(                                       # two CPU cores and minutes
         model="vit_nano", img_size=32, patch_size=4, drop_path=0.0,
@@ -52,10 +55,7 @@ RECIPES = {
             epochs=8, batch_size=64,
             optimizer="sgd", lr=0.1, weight_decay=1e-4, warmup=0.05, clip_grad=1.0,
             augment="crop aspect flip", crop_scale=(0.4, 1.0), smoothing=0.0),
-        probe=dict(
-            epochs=4, batch_size=256,
-            optimizer="sgd", lr=0.1, weight_decay=0.0, warmup=0.0, clip_grad=0.0,
-            augment="crop aspect flip", crop_scale=(0.4, 1.0), smoothing=0.0)),
+        probe=PROBE | dict(epochs=4)),
     "small": dict(                                      # one GPU and minutes
         model="vit_tiny", img_size=32, patch_size=4, drop_path=0.0,
         pretrain=dict(
@@ -67,10 +67,7 @@ RECIPES = {
             optimizer="sgd", lr=0.05, weight_decay=1e-4, warmup=0.05, clip_grad=1.0,
             augment="randaug crop aspect erase mixup cutmix flip", crop_scale=(0.4, 1.0),
             smoothing=0.1),
-        probe=dict(
-            epochs=30, batch_size=512,
-            optimizer="sgd", lr=0.1, weight_decay=0.0, warmup=0.0, clip_grad=0.0,
-            augment="crop aspect flip", crop_scale=(0.4, 1.0), smoothing=0.0)),
+        probe=PROBE | dict(epochs=30)),
     "paper": dict(
         model="vit_tiny", img_size=224, patch_size=16, drop_path=0.1,
         pretrain=dict(
@@ -83,10 +80,7 @@ RECIPES = {
             optimizer="sgd", lr=0.015, weight_decay=1e-4, warmup=0.01, clip_grad=0.0,
             augment="randaug crop aspect erase mixup cutmix flip jitter", crop_scale=(0.08, 1.0),
             smoothing=0.1),
-        probe=dict(
-            epochs=36, batch_size=256,
-            optimizer="sgd", lr=0.1, weight_decay=0.0, warmup=0.0, clip_grad=0.0,
-            augment="crop aspect flip", crop_scale=(0.08, 1.0), smoothing=0.0)),
+        probe=PROBE | dict(epochs=36, crop_scale=(0.08, 1.0))),
 }
 SWITCHES = ("randaug", "crop", "aspect", "erase", "mixup", "cutmix", "flip", "jitter")    # Table 9
 
@@ -425,7 +419,8 @@ def fractaldb_maps(C, seed, min_fill=0.2):
     """C random categories -> maps (C, 7, 2, 3), probs (C, 7), zero beyond a category's 2 to 7 maps.
 
     All six numbers U(-1, 1); kept where 100,000 points light min_fill of a 512 canvas over their
-    whole bounding box, which systems that scatter do not. One fixed order of candidates. Kataoka et al., Pre-training without Natural Images (ACCV 2020).
+    whole bounding box, which systems that scatter do not. One fixed order of candidates.
+    Kataoka et al., Pre-training without Natural Images (ACCV 2020).
     """
     generator, kept = torch.Generator().manual_seed(seed), []
     while len(kept) < C:
@@ -1196,6 +1191,8 @@ class Images(torch.utils.data.Dataset):
     for 224). Up to ON_DEVICE_BYTES they are read once and stay on the device; a larger set streams
     through a DataLoader with `workers` processes, in the same order.
     """
+    dots, theta = False, {}                     # as a source of section 4
+
 
     def __init__(self, dataset, indices, img_size, device, workers):
         self.dataset, self.indices, self.side = dataset, indices.tolist(), img_size * 8 // 7
@@ -1555,16 +1552,6 @@ def make_model(args, team, num_classes, steps, images):
     return model.to(team.device)
 
 
-def open_source(args, device):
-    """What --source names, with the texture of its dots, if any -> a source."""
-    source = SOURCES[args.source](args, device)
-    if args.command == "pretrain" and args.fresh_texture and not (
-            getattr(source, "dots", False) and args.texture == "random"):
-        raise InputError("--fresh-texture: there is no texture to draw anew; it needs a source of "
-                         "dots and --texture random")
-    return source
-
-
 def textured(images, args, *key):
     """Whole stamps with their texture, a function of --seed and the key."""
     seed = seed_for(args.seed, "texture", *key)
@@ -1573,8 +1560,7 @@ def textured(images, args, *key):
 
 def save_theta(path, source):
     """What the authors never kept: the base system, every eps, or the maps of every category."""
-    theta = {k: v.tolist() if isinstance(v, torch.Tensor) else v
-             for k, v in getattr(source, "theta", {}).items()}
+    theta = {k: v.tolist() if isinstance(v, torch.Tensor) else v for k, v in source.theta.items()}
     path.write_text(json.dumps(theta) + "\n")
 
 
@@ -1650,12 +1636,11 @@ def rank_batches(n, args, team, start, steps):
 def pretrain(args, team):
     """Pre-train on what --source draws, by default L perturbed copies of one fractal."""
     checkpoint = start_run(args, team)
-    source = open_source(args, team.device)
+    source = SOURCES[args.source](args, team.device)
     if team.rank == 0 and not checkpoint:
         save_theta(Path(args.out) / "theta.json", source)
-    dots = getattr(source, "dots", False)
-    fresh = dots and (args.fresh_texture or not source.stored)
-    if dots and not fresh:
+    fresh = source.dots and (args.fresh_texture or not source.stored)
+    if source.dots and not fresh:
         source.images = textured(source.images, args)
 
     def batches(start):
@@ -1797,10 +1782,10 @@ def render(args, team):
     out = Path(args.out)
     if out.exists() and any(out.iterdir()):
         raise InputError(f"--out {out}: is not empty; give another folder")
-    source = open_source(args, team.device)
+    source = SOURCES[args.source](args, team.device)
     number, width = 0, len(str(int(source.labels.max())))           # alphabetical is numerical
     for part, (images, labels) in enumerate(source.batches(torch.arange(len(source)).split(1000))):
-        images = textured(images, args, part) if getattr(source, "dots", False) else images
+        images = textured(images, args, part) if source.dots else images
         for image, label in zip(images.cpu(), labels.tolist()):
             folder = out / f"{label:0{width}d}"
             folder.mkdir(parents=True, exist_ok=True)
@@ -1868,13 +1853,14 @@ def show(args, team):
     for k in range(args.canvas // 16, args.canvas, args.canvas // 8):
         lines[:, k], lines[:, :, k] = 255, 255
     rows = []
-    for label, image in (("grid", lines), ("photograph", photograph(args.image, args.canvas, "cpu"))):
-        images = [image.float()]
+    photo = photograph(args.image, args.canvas, "cpu")
+    for label, image in (("grid", lines), ("photograph", photo)):
+        images = [image[None].float()]
         for kind, base in WARPS.items():
             theta = perturb(base, 0.4, 1, torch.Generator().manual_seed(args.seed))
             grid = warp_grid(kind, theta, args.canvas)
-            images.append(F.grid_sample(image[None].float(), grid, align_corners=False)[0].clamp(0, 255))
-        rows.append((label, torch.stack(images)))
+            images.append(F.grid_sample(images[0], grid, align_corners=False).clamp(0, 255))
+        rows.append((label, torch.cat(images)))
     draw("fig4.png", f"as it is, {', '.join(WARPS)} ($\\Delta$ = 0.4)", rows)
 
     draw("sources.png", "eight classes of every source, but of FractalDB eight instances", [
@@ -1900,83 +1886,104 @@ def bench(args, team):
                   f"{rates[label] / rates['1p-frac']:12.2f}", flush=True)
 
 
-# What `table` knows of the paper: rows of (label, CIFAR-100 top-1 there, flags of pre-training, or
-# None for scratch), and how many seeds. {L} is the recipe's number of classes.
-TABLES = {
-    "table2": ("FractalDB and OFDB", 3, [
-        ("scratch", 64.2, None), ("FractalDB", 81.6, "--categories {L} --instances {L}"),
-        ("OFDB", 84.0, "--categories {L}"), ("1p-frac", 84.2, "")]),
-    "table3": ("contours, C images or one", 1, [
-        ("RCDB, C images", 80.4, "--source rcdb --categories {L}"),
-        ("RCDB, one image", 82.5, "--source rcdb"),
-        ("Visual Atoms, C images", 82.1, "--source va --categories {L}"),
-        ("Visual Atoms, one image", 82.6, "--source va"), ("1p-frac", 84.2, "")]),
-    "table4": ("one image of noise", 1, [
-        ("Gaussian", 1.1, "--source gaussian --texture random"),
-        ("uniform", 2.0, "--source uniform --texture random"),
-        ("1p-frac", 84.2, ""), ("scratch", 64.2, None)]),
-    "table5": ("perturbation degree Delta", 3, [
-        (delta, top1, "" if delta == "0.1" else f"--delta {delta}") for delta, top1 in (
-            ("0.001", 1.2), ("0.01", 19.9), ("0.05", 83.0), ("0.1", 84.2), ("0.2", 83.4),
-            ("1.0", 82.6))]),
-    "table6": ("sigma-factor", 1, [
-        (sigma, top1, "" if sigma == "3.5" else f"--sigma {sigma}") for sigma, top1 in (
-            ("3.5", 84.2), ("4.0", 82.8), ("4.5", 81.9), ("5.0", 82.2), ("6.0", 81.3))]),
-    "table7": ("number of perturbations L", 1, [
-        (L, top1, f"--L {L}") for L, top1 in (
-            ("16", 78.7), ("64", 82.3), ("512", 82.4), ("1000", 84.2))]),
-    "table9": ("augmentation: one switch of the recipe turned over", 1, [
-        ("the recipe", 84.2, ""), *((f"{name} turned", top1, "--turn " + name) for name, top1 in (
-            ("randaug", 83.4), ("crop", 80.1), ("aspect", 83.6), ("erase", 84.0),
-            ("mixup", 83.6), ("cutmix", 83.3), ("flip", 84.3), ("jitter", 84.2)))]),
-    "table11": ("one photograph, affine warps", 1, [
-        ("RGB", 81.6, "--source image"), ("edges", 82.2, "--source image --edges canny")]),
-    "table12": ("one photograph's edges, other warps", 1, [
-        (warp, top1, f"--source image --edges canny --warp {warp}") for warp, top1 in (
-            ("affine", 81.9), ("homography", None), ("elastic", 37.0), ("polynomial", 81.3))]),
-    "fractals": ("which fractal (not in the paper)", 1, [
-        (seed, None, f"--fractal-seed {seed}") for seed in ("32", "0", "1", "2", "3", "4")]),
-    "fig3": ("linear probes of the first k blocks", 1, [
-        (f"{label}, k = {k}", top1[k], flags, f"--layers {k}{classifier}")
-        for classifier, suffix in (("", ""), (" --classifier lbfgs", ", L-BFGS"))
-        for label, flags, values in (
-            ("1p-frac" + suffix, "", (11.7, 15.5, 14.4, 13.8, 17.7)),
-            ("random weights" + suffix, None, (None,) * 5))
-        for top1 in [dict(zip((1, 2, 3, 4, 6), values if not classifier else (None,) * 5))]
-        for k in top1]),
-}
-# The length of the tables' runs: flags of pre-training, of fine-tuning and of probing.
-TABLE_RUNS = {"nano": ("--steps 2000", "--train-per-class 250 --epochs 3",
-                       "--train-per-class 250"),
-              "small": ("", "", ""), "paper": ("", "", "")}
+def tables(recipe):
+    """What `table` knows of the paper, at the size of a recipe: name -> (title, seeds, rows), a row
+    (label, CIFAR-100 top-1 in the paper, flags of pre-training or None for scratch[, of a probe]).
+    """
+    L, on = RECIPES[recipe]["pretrain"]["L"], RECIPES[recipe]["pretrain"]["augment"].split()
+    scratch, ours = ("scratch", 64.2, None), ("1p-frac", 84.2, "")
+    many, few = f"--categories {L} --instances {L}", f"--categories {L}"
+
+    def turn(top1, *names):                     # off what the recipe has on, and the reverse
+        off = [name in on for name in names]
+        return (" and ".join(f"without {n}" if o else f"with {n}" for n, o in zip(names, off)),
+                top1 if all(off) else None,
+                " ".join(f"--no-{n}" if o else f"--{n}" for n, o in zip(names, off)))
+
+    def probes(label, flags, top1=(None,) * 5, classifier=""):
+        return [(f"{label}, k = {k}", paper, flags, f"--layers {k}{classifier}")
+                for k, paper in zip((1, 2, 3, 4, 6), top1)]
+
+    return {
+        "table2": ("FractalDB, OFDB and 1p-frac", 3, [
+            scratch, ("FractalDB", 81.6, many), ("OFDB", 84.0, few), ours]),
+        "table3": ("contours", 1, [
+            ("RCDB", 81.6, "--source rcdb " + many), ("RCDB, one a category", 80.4,
+                                                      "--source rcdb " + few),
+            ("RCDB, one image", 82.5, "--source rcdb"), ("Visual Atoms", 84.9,
+                                                         "--source va " + many),
+            ("Visual Atoms, one a category", 82.1, "--source va " + few),
+            ("Visual Atoms, one image", 82.6, "--source va"), ours]),
+        "table4": ("one image of noise", 1, [
+            ("Gaussian", 1.1, "--source gaussian --texture random"),
+            ("uniform", 2.0, "--source uniform --texture random"), ours, scratch]),
+        "table5": ("perturbation degree Delta", 3, [
+            (delta, top1, f"--delta {delta}") for delta, top1 in (
+                ("0.001", 1.2), ("0.01", 19.9), ("0.05", 83.0), ("0.1", 84.2), ("0.2", 83.4),
+                ("1.0", 82.6))]),
+        "table6": ("sigma-factor", 1, [
+            (sigma, top1, f"--sigma {sigma}") for sigma, top1 in (
+                ("3.5", 84.2), ("4.0", 82.8), ("4.5", 81.9), ("5.0", 82.2), ("6.0", 81.3))]),
+        "table7": ("number of perturbations L", 1, [
+            (L, top1, f"--L {L}") for L, top1 in (
+                ("16", 78.7), ("64", 82.3), ("512", 82.4), ("1000", 84.2))]),
+        "table9": ("augmentation, the recipe with one switch turned", 1, [
+            ours, turn(83.4, "randaug"), turn(80.1, "crop"), turn(83.6, "aspect"),
+            turn(84.0, "erase"), turn(83.6, "mixup"), turn(83.3, "cutmix"),
+            turn(80.4, "mixup", "cutmix"), turn(84.3, "flip"), turn(84.2, "jitter")]),
+        "table11": ("one photograph under affine warps", 1, [
+            ("RGB", 81.6, "--source image"), ("edges", 82.2, "--source image --edges canny")]),
+        "table12": ("the edges of one photograph under warps", 1, [
+            (warp, top1, f"--source image --edges canny --warp {warp}") for warp, top1 in (
+                ("affine", 81.9), ("homography", None), ("elastic", 37.0), ("polynomial", 81.3))]),
+        "table13": ("random patch augmentation", 1, [
+            (label + aug, top1, f"{flags} --texture random {fresh}".strip())
+            for aug, fresh, tops in (("", "", (84.0, 84.2)),
+                                     (" w/ Aug.", "--fresh-texture", (85.3, 84.7)))
+            for label, flags, top1 in zip(("OFDB", "1p-frac"), (few, ""), tops)]),
+        "fractals": ("which fractal, --fractal-seed (not in the paper)", 1, [
+            (seed, None, f"--fractal-seed {seed}") for seed in ("32", "0", "1", "2", "3", "4")]),
+        "fig3": ("linear probes of the first k blocks, and by L-BFGS", 1, [
+            *probes("1p-frac", "", (11.7, 15.5, 14.4, 13.8, 17.7)), *probes("random weights", None),
+            *probes("1p-frac, L-BFGS", "", classifier=" --classifier lbfgs"),
+            *probes("random weights, L-BFGS", None, classifier=" --classifier lbfgs")]),
+    }
+
+
+TABLE_RUNS = {  # how long the tables' runs are: flags of pretrain, finetune and probe
+    "nano": ("--steps 2000", "--train-per-class 250 --epochs 3", "--train-per-class 250"),
+    "small": ("", "", ""), "paper": ("", "", "")}
 
 
 def planned(recipe, row, seed):
-    """The runs of a row of TABLES: command lines (pretrain or None, finetune or probe), and the
+    """The runs of a row of `tables`: command lines (pretrain or None, finetune or probe), and the
     settings that their record must have."""
-    flags, probing = row[2], row[3:]
-    before, after, probed = TABLE_RUNS[recipe]
-    for name in SWITCHES:                       # off where the recipe has it on, and the reverse
-        on = name in RECIPES[recipe]["pretrain"]["augment"].split()
-        flags = flags and flags.replace(f"--turn {name}", f"--{'no-' * on}{name}")
-    flags = flags and flags.format(L=RECIPES[recipe]["pretrain"]["L"])
-    common = f"--recipe {recipe} --seed {seed}"
-    folder = f"runs/tables/{recipe}/"
-    name = "scratch" if flags is None else "-".join(flags.replace("--", "").split()) or "1p-frac"
-    first = None if flags is None else " ".join(
-        f"pretrain {common} {before} {flags} --out {folder}{name}/{seed}/pretrain".split())
-    command = f"probe {common} {probed} {probing[0]}" if probing else f"finetune {common} {after}"
-    kind = "-".join(command.split()[0:1] + (probing[0].split() if probing else [])).replace("--", "")
-    ckpt = f"--ckpt {folder}{name}/{seed}/pretrain/last.pt" if first else ""
-    second = " ".join(f"{command} {ckpt} --out {folder}{name}/{seed}/{kind}".split())
+    flags, probing, (before, after, probed) = row[2], " ".join(row[3:]), TABLE_RUNS[recipe]
+    common, folder = f"--recipe {recipe} --seed {seed}", f"runs/tables/{recipe}/"
 
     def settings(line):
         args = make_parser().parse_args(line.split())
-        args.ckpt = None                        # it need not exist
         fill_in(args)
         return json.loads(json.dumps(without_places(vars(args))))
 
-    return first, second, first and settings(first), settings(second)
+    def name(*words):
+        return "-".join(" ".join(words).replace("--", "").split())
+
+    first, ckpt, pretraining = None, "", None
+    if flags is None:
+        folder += f"scratch/{seed}"
+    else:
+        line = f"pretrain {common} {before} {flags}"
+        pretraining = settings(line)
+        usual = settings(f"pretrain {common}")  # rows that are the recipe itself share a folder
+        same = all(v == usual[k] for k, v in pretraining.items() if k != "steps")
+        folder += f"{'1p-frac' if same else name(flags)}/{seed}"
+        line = line if not same else f"pretrain {common} {before}"
+        first = f"{' '.join(line.split())} --out {folder}/pretrain"
+        ckpt = f"--ckpt {folder}/pretrain/last.pt "
+    line = f"probe {common} {probed} {probing}" if probing else f"finetune {common} {after}"
+    second = f"{' '.join(line.split())} {ckpt}--out {folder}/{name(line.split()[0], probing)}"
+    return first, second, pretraining, settings(line)
 
 
 def matches(record, pretraining, settings):
@@ -1994,41 +2001,53 @@ def table(args, team):
     out, path = Path(args.out), Path(args.records)
     lines = path.read_text().splitlines() if path.exists() else []
     try:
-        records = [r for r in map(json.loads, lines) if r["recipe"] == args.recipe]
-    except (ValueError, KeyError, TypeError):
-        raise InputError(f"--records {path}: not the records of runs, a JSON object a line") from None
-    plan, text, measured = {}, [f"# At `{args.recipe}`", ""], {}
-    for name in args.names or TABLES:
-        title, seeds, rows = TABLES[name]
-        text += [f"## {name}: {title}", "", "| | paper | here | seeds |", "|---|---|---|---|"]
+        records = [json.loads(line) for line in lines]
+        whole = all({"recipe", "seed", "seconds", "test_top1", "device", "commit", "pretrain",
+                     "settings"} <= set(r) for r in records)
+    except (ValueError, TypeError):
+        whole = False
+    if not whole:
+        raise InputError(f"--records {path}: not records of runs, a JSON object a line")
+    records = [r for r in records if r["recipe"] == args.recipe]
+    plan, used, body, measured = {}, [], [], {}
+    for name, (title, seeds, rows) in tables(args.recipe).items():
+        if args.names and name not in args.names:
+            continue
+        body += [f"## {name}: {title}", "", "| | paper | here | seeds |", "|---|---|---|---|"]
         for row in rows:
             values = []
             for seed in range(seeds):
                 first, second, *settings = planned(args.recipe, row, seed)
-                found = [r["test_top1"] for r in records if r["seed"] == seed
-                         and matches(r, *settings)]
-                values += found[-1:]
+                found = [r for r in records if r["seed"] == seed and matches(r, *settings)][-1:]
+                values += [r["test_top1"] for r in found]
+                used += found
                 if not found:
                     plan |= {line: None for line in (first, second) if line}
             number = f"{sum(values) / len(values):.2f}" if values else "not run"
             if len(values) > 1:
                 number += f" ({torch.tensor(values).std():.2f})"
             paper = "-" if row[1] is None else row[1]
-            text.append(f"| {row[0]} | {paper} | {number} | {len(values)} of {seeds} |")
+            body.append(f"| {row[0]} | {paper} | {number} | {len(values)} of {seeds} |")
             measured.setdefault(name, []).append((row[0], row[1], values))
-        text.append("")
+        body.append("")
+    missing = sum(not line.startswith("pretrain") for line in plan)
     if args.plan:
-        for line in plan:
-            print(line)
-        runs = [line for line in plan if not line.startswith("pretrain")]
-        took = [r["seconds"] for r in records]
-        about = f", about {len(runs) * sum(took) / len(took) / 60:.0f} minutes by the records" \
-            if took else ""
-        print(f"{len(runs)} runs to do{about}", file=sys.stderr)
+        print(*plan, sep="\n")
+        minutes = sum(r["seconds"] for r in records) / max(1, len(records)) / 60
+        about = f", about {missing * minutes:.0f} minutes by the records" if records else ""
+        print(f"{missing} runs to do{about}", file=sys.stderr)
         return
+    before, after, probed = (flags or "as the recipe" for flags in TABLE_RUNS[args.recipe])
+    each = {key: ", ".join(sorted({str(r[key]) for r in used})) or "none yet"
+            for key in ("device", "commit")}
+    head = [f"# The paper's tables at `{args.recipe}`", "",
+            "Top-1 on CIFAR-100's test set in percent, last epoch; mean (standard deviation over "
+            "seeds).", "",
+            f"pretrain: {before} · finetune: {after} · probe: {probed}  ",
+            f"device: {each['device']} · commit: {each['commit']} · missing: {missing} runs", ""]
     out.mkdir(parents=True, exist_ok=True)
-    (out / f"{args.recipe}.md").write_text("\n".join(text))
-    print("\n".join(text))
+    (out / f"{args.recipe}.md").write_text("\n".join(head + body))
+    print("\n".join(head + body))
     draw_tables(out, args.recipe, measured)
 
 
@@ -2189,8 +2208,8 @@ def make_parser():
         return command
 
     run = add("table", table.__doc__)[1]
-    run.add_argument("names", nargs="*", choices=[[], *TABLES], metavar="NAME",
-                     help=f"of {', '.join(TABLES)}; default: all")
+    run.add_argument("names", nargs="*", choices=[[], *tables("nano")], metavar="NAME",
+                     help=f"of {', '.join(tables('nano'))}; default: all")
     run.add_argument("--records", metavar="FILE", default="results/runs.jsonl")
     run.add_argument("--plan", action="store_true", help="print the commands that are missing")
     run.set_defaults(out="results/tables")
@@ -2210,6 +2229,10 @@ def check_source(args):
         if args.source != "image" and getattr(args, name) is not None:
             raise InputError(f"--{name}: only with --source image")
         setattr(args, name, getattr(args, name) or default)
+    if getattr(args, "fresh_texture", False) and (
+            args.source not in ("fractal", "gaussian", "uniform") or args.texture != "random"):
+        raise InputError("--fresh-texture: there is no texture to draw anew; it needs a source of "
+                         "dots and --texture random")
     if args.categories > 1 and args.source not in ("fractal", "rcdb", "va"):
         raise InputError(f"--categories: --source {args.source} has one image; leave it out")
     if args.instances > 1 and args.categories == 1:

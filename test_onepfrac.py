@@ -40,7 +40,7 @@ def opened(*flags):
     """The source of these flags of `pretrain`."""
     small = [] if "--canvas" in flags else ["--canvas", 64]
     args = resolved("pretrain", "--recipe", "nano", "--device", "cpu", "--points", 2000, *small, *flags)
-    return op.open_source(args, torch.device("cpu"))
+    return op.SOURCES[args.source](args, torch.device("cpu"))
 
 
 # --------------------------------------------------------------------------------- 1 IFS and sigma
@@ -1151,11 +1151,11 @@ def record_of(recipe, row, seed, top1, **changes):
     if pretraining:
         pretraining |= {k: v for k, v in changes.items() if k in pretraining}
     return json.dumps(dict(command=second.split()[0], recipe=recipe, seed=seed, test_top1=top1, seconds=120,
-                           pretrain=pretraining, settings=settings)) + "\n"
+                           device="cpu", commit="abc", pretrain=pretraining, settings=settings)) + "\n"
 
 
 def test_table_prints_what_is_measured_and_plans_what_is_missing(tmp_path, capsys):
-    rows = {row[0]: row for row in op.TABLES["table5"][2]}
+    rows = {row[0]: row for row in op.tables("nano")["table5"][2]}
     with open(tmp_path / "runs.jsonl", "w") as file:
         for seed, top1 in ((0, 20.0), (1, 22.0), (2, 27.0)):
             file.write(record_of("nano", rows["0.1"], seed, top1))
@@ -1176,23 +1176,26 @@ def test_table_prints_what_is_measured_and_plans_what_is_missing(tmp_path, capsy
     assert "14 runs to do, about 28 minutes" in captured.err and len(plan) == 28
     assert not any("/1p-frac/" in line or "delta-0.2/0" in line for line in plan)
     for line in plan:                                           # every line is a command, once
-        resolved(*(line.split()[:-2] if "--ckpt" not in line else ["table"]))
+        op.fill_in(op.make_parser().parse_args(line.split("--ckpt")[0].split()))
     assert len(set(plan)) == 28 and plan[0].startswith("pretrain ") and plan[1].startswith("finetune ")
 
 
 def test_every_row_of_every_table_is_a_command_at_every_recipe():
     for recipe in op.RECIPES:
-        seen = {}
-        for _, _, rows in op.TABLES.values():
+        folders = {}
+        for _, _, rows in op.tables(recipe).values():
             for row in rows:
                 first, second, pretraining, settings = op.planned(recipe, row, 0)
                 assert (first is None) == (row[2] is None) and settings["recipe"] == recipe
-                seen.setdefault((first, second), []).append(row)
-                if row[2]:
-                    base = op.planned(recipe, ("", None, ""), 0)[2]
-                    changed = {k for k in base if base[k] != pretraining[k]}
-                    assert changed or "--L 1000" in row[2] or "--L 64" in row[2] or "seed 32" in row[2]
-        assert len({folder.split("--out ")[1] for _, folder in seen}) == len(seen)
+                folders.setdefault(second.split("--out ")[1], set()).add((first, second))
+                if first:
+                    usual = op.planned(recipe, ("", None, ""), 0)[2]
+                    changed = {k for k in usual if usual[k] != pretraining[k]}
+                    assert bool(changed) == ("/1p-frac/" not in first)
+        assert all(len(runs) == 1 for runs in folders.values())     # one setting a folder
+    deit = {row[2]: row[1] for row in op.tables("paper")["table9"][2]}
+    assert deit["--no-crop"] == 80.1 and deit["--no-mixup --no-cutmix"] == 80.4
+    assert ("with mixup", None, "--mixup") in op.tables("nano")["table9"][2]
 
 
 def test_reproduce_runs_what_has_no_record_and_goes_on(tmp_path):
@@ -1207,7 +1210,7 @@ out=$(echo "$@" | sed 's/.*--out \\([^ ]*\\).*/\\1/'); mkdir -p $out; touch $out
 [ "$(wc -l < commands.txt)" = 3 ] && exit 1
 exit 0
 """)
-    rows = op.TABLES["table4"][2]
+    rows = op.tables("nano")["table4"][2]
     (tmp_path / "results" / "runs.jsonl").write_text("".join(
         record_of("nano", row, 0, 10.0) for row in rows[1:]))
 
