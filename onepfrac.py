@@ -550,20 +550,22 @@ def draw_contours(corners, greys, size, background):
     """Closed lines, 1 pixel wide, later ones over earlier ones: corners (B, P, V, 2) in pixels,
     x and y, and greys (B, P) uint8 -> images (B, size, size) uint8.
     """
-    B, P = greys.shape
-    image = torch.arange(B, device=corners.device)[:, None, None] * size ** 2
+    B, P, V, _ = corners.shape
     canvas = torch.full((B * size ** 2 + 1,), background, dtype=torch.uint8, device=corners.device)
-    along = corners.roll(-1, 2) - corners                           # (B, P, V, 2)
-    length = along.abs().amax(3).ceil().clamp(1, 4 * size)          # dots of each line (B, P, V)
-    longest = length.amax((0, 2)).int().tolist()
+    ends = corners.roll(-1, 2)
+    beyond = ((corners < 0) & (ends < 0)) | ((corners >= size) & (ends >= size))
+    visible = ~beyond.any(3)                                        # (B, P, V)
+    image = torch.arange(B, device=corners.device)[:, None].expand(B, V)
     for p in range(P):                          # one grey each, so the order of writes is settled
-        t = torch.arange(longest[p], device=corners.device) / length[:, p, :, None]     # (B, V, t)
-        along_p = along[:, p, :, None] * t.clamp(max=1)[..., None]
-        x, y = (corners[:, p, :, None] + along_p).floor().unbind(3)
+        seen = visible[:, p]
+        start, grey = corners[:, p][seen], greys[:, p, None].expand(B, V)[seen]     # of M lines
+        along, offset = ends[:, p][seen] - start, image[seen] * size ** 2
+        dots = along.abs().amax(1).ceil().clamp(1, 9 * size).long()
+        line = torch.arange(len(dots), device=dots.device).repeat_interleave(dots)
+        t = torch.arange(len(line), device=dots.device) - (dots.cumsum(0) - dots)[line]
+        x, y = (start[line] + along[line] * (t / dots[line])[:, None]).floor().long().unbind(1)
         inside = (x >= 0) & (x < size) & (y >= 0) & (y < size)
-        cell = torch.where(inside, y * size + x, 0).long() + image              # (B, V, t)
-        cell = torch.where(inside, cell, B * size ** 2)
-        canvas[cell] = greys[:, p, None, None].expand(cell.shape)
+        canvas[torch.where(inside, offset[line] + y * size + x, B * size ** 2)] = grey[line]
     return canvas[:-1].view(B, size, size)
 
 
