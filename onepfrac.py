@@ -9,13 +9,15 @@ ECCV 2024). One idea holds the file together:
     python onepfrac.py pretrain --delta 0.1 --sigma 3.5         # one fractal -> a ViT
     python onepfrac.py finetune --ckpt runs/pretrain/last.pt    # that ViT -> CIFAR-100
     python onepfrac.py finetune                                 # the same from scratch
-    python onepfrac.py show                                     # the paper's Figs. 2b and 2c
+    python onepfrac.py pretrain --source rcdb                   # contours, noise, a photograph ...
+    python onepfrac.py table                                    # the paper's tables beside ours
 
 Measured (README): eight epochs of CIFAR-100, 250 images a class, end at 29.9% from the fractal and
 at 24.0% from scratch (means of three seeds), after about eight minutes on two CPU cores.
 
 Read it from top to bottom: 1 iterated function systems, 2 the renderer, 3 the LIEP distribution
-and the LPCE loss, 5 augmentation, 6 the ViT, 7 downstream data, 8 training, 9 commands, 10 flags.
+and the LPCE loss, 4 other image sources, 5 augmentation, 6 the ViT, 7 downstream data, 8 training,
+9 commands, 10 flags.
 Sections 1, 2, 5, 6, and `perturb` and `lpce_loss` of 3, need torch and the standard library and
 nothing from one another, so each can be copied.
 """
