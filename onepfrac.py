@@ -44,7 +44,7 @@ from torch import nn
 # of Table 9 that are on; warm-up is a fraction of the steps; every other name is a flag. `paper`
 # holds what the paper and the authors' code say; jitter acts there once RandAugment is off.
 PROBE = dict(
-    batch_size=256, optimizer="sgd", lr=0.1, weight_decay=0.0, warmup=0.0, clip_grad=0.0,
+    batch_size=256, optimizer="sgd", lr=0.3, weight_decay=0.0, warmup=0.0, clip_grad=0.0,
     augment="crop aspect flip", crop_scale=(0.4, 1.0), smoothing=0.0)
 RECIPES = {
     "nano": dict(                                       # two CPU cores and minutes
@@ -322,7 +322,7 @@ def render_ifs(maps, size=512, points=100_000, texture="random", generator=None,
 # ==================================================================================================
 
 def perturb(maps, delta, L, generator=None, noise="additive"):
-    """L draws from the cube around one system: maps (N, 2, 3) -> (L, N, 2, 3), Eq. 9.
+    """L draws from the cube around one theta: maps (N, 2, 3) -> (L, N, 2, 3), Eq. 9; any shape.
 
     noise: "additive", the paper: eps ~ U(-delta/2, delta/2) added to all six numbers of each map;
     "multiplicative", the authors' code: each number times U(1 - delta, 1 + delta).
@@ -365,7 +365,7 @@ def filled(images, background=0):
     return (images != background).flatten(1).float().mean(1).cpu()
 
 
-def liep_maps(base, delta, L, noise, seed, render, min_fill=0.05):
+def liep_maps(base, delta, L, noise, seed, render, min_fill):
     """L systems of the LIEP distribution -> maps (L, N, 2, 3).
 
     Candidates come in one fixed order; those whose picture, by render(maps), is filled less than
@@ -385,14 +385,20 @@ def liep_maps(base, delta, L, noise, seed, render, min_fill=0.05):
 # ==================================================================================================
 # 4 · Image sources: what a class is, and how it is drawn
 #
-# A source has labels (n,) and batches(index_lists), which yields uint8 images and their labels.
-# Nearly all draw an image from theta, and theta + eps is either a class of its own (LPCE, L of
-# them) or, with several categories, theta is the class and its instances are variations:
+# A source has a length, labels (n,) and batches(index_lists), which yields uint8 images and labels.
+# Nearly all draw an image from theta. With one category theta + eps is a class of its own (LPCE, L
+# of them); with several, theta is the class and its instances are variations:
 #
 #     FractalDB: C categories x M instances    OFDB: C x 1    1p-frac: 1 category, L perturbations
 #
 # Contours, noise and one warped photograph are other thetas with other ways to draw them.
 # ==================================================================================================
+
+def around(base, args):
+    """The L thetas of a run around a base of any shape -> (L, *base.shape)."""
+    generator = torch.Generator().manual_seed(seed_for(args.seed, "eps"))
+    return perturb(base, args.delta, args.L, generator, args.noise)
+
 
 class Drawn:
     """A source of n images that draw(i) makes on the device from indices i (B,): uint8 (B, S, S) or
@@ -403,10 +409,12 @@ class Drawn:
 
     def __init__(self, labels, draw, device, dots=False, **theta):
         self.labels, self.draw, self.dots, self.theta = labels.to(device), draw, dots, theta
-        first = draw(torch.arange(1))
-        self.stored = len(labels) * first[0].numel() <= ON_DEVICE_BYTES
+        first = draw(torch.arange(1))[0]
+        self.stored = len(labels) * first.numel() <= ON_DEVICE_BYTES
         if self.stored:
-            self.images = torch.cat([draw(i) for i in torch.arange(len(labels)).split(1000)])
+            self.images = first.new_empty(len(labels), *first.shape)
+            for i in torch.arange(len(labels)).split(1000):
+                self.images[i[0]:i[-1] + 1] = draw(i)
 
     def __len__(self):
         return len(self.labels)
@@ -418,7 +426,7 @@ class Drawn:
 
 
 def fractaldb_maps(C, seed, min_fill=0.2):
-    """C random categories -> maps (C, 7, 2, 3), probs (C, 7), zero beyond a category's 2 to 7 maps.
+    """C random categories of 2 to 7 maps -> maps (C, 7, 2, 3), probs (C, 7), 0 for unused maps.
 
     All six numbers U(-1, 1); kept where 100,000 points light min_fill of a 512 canvas over their
     whole bounding box, which systems that scatter do not. One fixed order of candidates.
@@ -431,6 +439,7 @@ def fractaldb_maps(C, seed, min_fill=0.2):
         probs = maps[..., :2].det().abs() * used
         fill = filled(ifs_coverage(maps, 512, 100_000, "point", probs,
                                    torch.Generator().manual_seed(seed), trim=False))
+        maps *= (probs > 0)[:, :, None, None]                       # what is not used, not kept
         kept += [(m, p) for m, p, f in zip(maps, probs, fill) if f >= min_fill]
     maps, probs = zip(*kept[:C])
     return torch.stack(maps), torch.stack(probs)
@@ -447,14 +456,16 @@ def fractal_source(args, device):
     if args.categories == 1:
         base = base_ifs(args.num_maps, args.sigma, args.fractal_seed)
         probs = base[:, :, :2].det().abs()      # of the unperturbed system, for all
-        lit = 0.5 if args.texture == "random" else 1.0      # of what stamps cover
+        # Random masks light half of what whole stamps cover, and 5% of the picture must be lit.
+        min_fill = 0.1 if args.texture == "random" else 0.05
         maps = liep_maps(base, args.delta, args.L, args.noise, seed,
-                         lambda maps: cover(maps, probs), 0.05 / lit)
+                         lambda maps: cover(maps, probs), min_fill)
         return Drawn(torch.arange(args.L), lambda i: cover(maps[i], probs), device, dots=True,
                      sigma=sigma_factor(base).item(), base=base, eps=maps - base)
 
     maps, probs = fractaldb_maps(args.categories, args.fractal_seed)
-    # An instance: one of 25 weightings of a parameter in all maps, of 4 flips, of 10 textures.
+    # An instance m: one of 25 weightings of a parameter in all maps, of 4 flips, and, where the
+    # texture is random, a texture of its own, which pre-training stamps.
     weights = torch.ones(25, 6)
     for k in range(24):
         weights[k + 1, k // 4] = (0.2, 0.6, 1.4, 1.8)[k % 4]
@@ -463,7 +474,7 @@ def fractal_source(args, device):
         category, m = i // args.instances, i % args.instances
         images = cover(maps[category] * weights[m % 25].view(-1, 1, 2, 3), probs[category])
         for axis, flipped in ((1, m // 25 % 2 == 1), (2, m // 50 % 2 == 1)):
-            images[flipped.to(device)] = images[flipped.to(device)].flip(axis)
+            images = torch.where(flipped.to(device)[:, None, None], images.flip(axis), images)
         return images
 
     labels = torch.arange(args.categories).repeat_interleave(args.instances)
@@ -478,9 +489,7 @@ def cloud_source(args, device):
     """
     gaussian = args.source == "gaussian"
     base = torch.tensor([[0., 1, 0], [0, 0, 1]] if gaussian else [[-1., 1], [-1, 1]])
-    theta = perturb(base, args.delta, args.L, torch.Generator().manual_seed(
-        seed_for(args.seed, "eps")), args.noise)
-    generator = torch.Generator().manual_seed(args.fractal_seed)
+    theta, generator = around(base, args), torch.Generator().manual_seed(args.fractal_seed)
     shape = (ORBIT, 2, -(-args.points // ORBIT), 1)
     unit = (torch.randn if gaussian else torch.rand)(shape, generator=generator).to(device)
     group = max(1, POINTS_IN_FLIGHT // args.points)
@@ -579,28 +588,28 @@ def contour_source(args, device):
     """
     kind, background = args.source, 255 * (args.source == "rcdb")
 
-    def draw(contours, scale=torch.ones(1, 1)):     # scale (B, P)
-        offsets, centre, greys = (torch.stack(t).to(device) for t in zip(*contours))
-        corners = centre[:, None, None] + offsets * scale.to(device)[:, :, None, None]
+    def draw(one, scale=torch.ones(1, 1)):      # scale (B, P)
+        offsets, centre, greys = (t.to(device) for t in one)
+        corners = centre + offsets * scale.to(device)[:, :, None, None]         # (B, P, V, 2)
         return draw_contours(corners * (args.canvas / 512), greys.expand(len(corners), -1),
                              args.canvas, background)
 
     if args.categories > 1:
         def draw_instances(i):
-            return torch.cat([draw([contour(kind, args.fractal_seed, *divmod(k, args.instances))])
+            return torch.cat([draw(contour(kind, args.fractal_seed, *divmod(k, args.instances)))
                               for k in i.tolist()])
         labels = torch.arange(args.categories).repeat_interleave(args.instances)
         return Drawn(labels, draw_instances, device)
 
     base = next(b for b in (contour(kind, args.fractal_seed, c, 0) for c in range(10 ** 9))
-                if filled(draw([b]), background) >= 0.2)
+                if filled(draw(b), background) >= 0.2)
     ones = torch.ones(len(base[0]))
-    scale = perturb(ones, args.delta, args.L, torch.Generator().manual_seed(
-        seed_for(args.seed, "eps")), args.noise)
+    scale = around(ones, args)
 
     def draw_scaled(i):
-        return torch.cat([draw([base], some) for some in scale[i].split(16)])
-    return Drawn(torch.arange(args.L), draw_scaled, device, base=base[0], eps=scale - ones)
+        return torch.cat([draw(base, some) for some in scale[i].split(16)])
+    return Drawn(torch.arange(args.L), draw_scaled, device, base=base[0], centre=base[1],
+                 greys=base[2], eps=scale - ones)
 
 
 def canny(image, low=100, high=200):
@@ -678,8 +687,7 @@ def image_source(args, device):
     if args.edges == "canny":
         image = canny(to_grey(image[None].float())[0, 0].to(torch.uint8))[None]
     base = WARPS[args.warp]
-    theta = perturb(base, args.delta, args.L, torch.Generator().manual_seed(
-        seed_for(args.seed, "eps")), args.noise)
+    theta = around(base, args)
 
     def draw(i):
         grid = warp_grid(args.warp, theta[i].to(device), args.canvas)
@@ -1114,7 +1122,7 @@ DATASETS = {  # name: torchvision class, arguments for training images, argument
     "svhn": ("SVHN", dict(split="train"), dict(split="test")),
     "stl10": ("STL10", dict(split="train"), dict(split="test")),
 }
-ON_DEVICE_BYTES = 4 * 2 ** 30    # sets up to this size live on the device
+ON_DEVICE_BYTES = 6 * 2 ** 30    # sets up to this size live on the device: 21,000 of 512x512 do
 
 
 def open_datasets(name, root):
@@ -1343,6 +1351,8 @@ def load_checkpoint(path):
             isinstance(t, torch.Tensor) for t in state.values()):
         raise InputError(f"--ckpt {path}: holds no state dict of a model")
     content["model"] = {k.removeprefix("module."): t for k, t in state.items()}
+    if not isinstance(content.get("args"), dict):                   # others keep other things there
+        content.pop("args", None)
     return content
 
 
@@ -1568,7 +1578,9 @@ def save_theta(path, source):
     path.write_text(json.dumps(theta) + "\n")
 
 
-BESIDE = {"out", "root", "ckpt", "record", "device", "workers", "resume", "save_every", "log_every"}
+# Settings that a result does not depend on; a resumed run may change them.
+BESIDE = {"out", "root", "ckpt", "record", "device", "workers", "resume", "save_every", "log_every",
+          "eval_epochs"}
 
 
 def start_run(args, team):
@@ -1602,9 +1614,9 @@ def start_run(args, team):
     return None
 
 
-def without_places(settings):
+def result_settings(args):
     """The settings that a result depends on."""
-    return settings and {k: v for k, v in settings.items() if k not in BESIDE}
+    return {k: v for k, v in args.items() if k not in BESIDE}
 
 
 def add_record(args, last, **more):
@@ -1612,21 +1624,30 @@ def add_record(args, last, **more):
     pre-training it started from, and what was measured; images and seconds are of both."""
     if not args.record or not last:                                 # not asked for, or not rank 0
         return
-    before = load_checkpoint(args.ckpt) if args.ckpt else {}
-    pretraining = before.get("args")
-    if pretraining:
+    before, pretraining = load_checkpoint(args.ckpt) if args.ckpt else {}, None
+    if "args" in before:
+        pretraining = result_settings(before["args"]) | dict(steps=before["step"])
         last["images"] += before["step"] * pretraining["batch_size"]
-        last["seconds"] += before.get("seconds", 0)
-    git = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True,
-                         cwd=Path(__file__).parent, check=False)
-    processor = torch.cuda.get_device_name() if args.device == "cuda" else platform.machine()
+        last["seconds"] += before["seconds"]
+    elif before:
+        pretraining = dict(recipe=None, weights=Path(args.ckpt).name)           # somebody else's
+    settings = result_settings(vars(args)) | ({"layers": [more["layer"]]} if more else {})
     measured = {k: last[k] for k in ("images", "seconds", "test_top1", "test_top5", "best_top1",
                                      "decay") if k in last}
-    args.layers = [more["layer"]] if more else []
+
+    def git(*words):
+        done = subprocess.run(["git", *words], capture_output=True, text=True, check=False,
+                              cwd=Path(__file__).resolve().parent)
+        return "-dirty" if done.returncode else done.stdout.strip()
+
+    try:
+        commit = git("describe", "--always") + git("diff", "--quiet", "HEAD", "--", "onepfrac.py")
+    except OSError:                                                 # there is no git
+        commit = None
+    processor = torch.cuda.get_device_name() if args.device == "cuda" else platform.machine()
     record = dict(command=args.command, recipe=args.recipe, seed=args.seed, **more, **measured,
-                  commit=git.stdout.strip() or None,
-                  device=f"{args.device} ({processor}, {torch.get_num_threads()} threads)",
-                  pretrain=without_places(pretraining), settings=without_places(vars(args)))
+                  commit=commit, pretrain=pretraining, settings=settings,
+                  device=f"{args.device} ({processor}, {torch.get_num_threads()} threads)")
     with open(args.record, "a") as file:
         file.write(json.dumps(record) + "\n")
 
@@ -1661,6 +1682,9 @@ def pretrain(args, team):
 
 def open_data(args, team):
     """Training and test images of --data, with its subset and split, and the number of classes."""
+    if args.record:
+        Path(args.record).parent.mkdir(parents=True, exist_ok=True)
+        open(args.record, "a").close()          # better now than after hours
     for turn in (True, False):              # rank 0 downloads first, then the others find it
         if turn == (team.rank == 0):
             train_set, test_set = open_datasets(args.data, args.root)
@@ -1702,20 +1726,19 @@ def train_on(args, team, model, images, tests, classes, steps, checkpoint=None):
 
 
 def fit_logistic(x, labels, num_classes, decay, weight=None, iterations=200):
-    """Multinomial logistic regression by L-BFGS: features x (n, D) -> weight (D + 1, num_classes).
+    """Multinomial logistic regression by L-BFGS: features x (n, D) -> weight (D, num_classes).
 
-    Minimises the mean cross-entropy plus decay / 2 times the squared weights, biases (the last row)
-    apart, from `weight` on.
+    Minimises the mean cross-entropy plus decay / 2 times the squared weights, from `weight` on. The
+    last feature is a one and its weights, the biases, do not decay.
     """
-    weight = x.new_zeros(x.shape[1] + 1, num_classes) if weight is None else weight.clone()
+    weight = x.new_zeros(x.shape[1], num_classes) if weight is None else weight.clone()
     weight.requires_grad_()
     optimizer = torch.optim.LBFGS([weight], max_iter=iterations, tolerance_grad=1e-6,
                                   tolerance_change=1e-10, line_search_fn="strong_wolfe")
 
     def closure():
         optimizer.zero_grad()
-        logits = x @ weight[:-1] + weight[-1]
-        loss = F.cross_entropy(logits, labels) + 0.5 * decay * weight[:-1].square().sum()
+        loss = F.cross_entropy(x @ weight, labels) + 0.5 * decay * weight[:-1].square().sum()
         loss.backward()
         return loss
 
@@ -1735,13 +1758,16 @@ def logistic_probe(probe, images, tests, classes, args, team):
         return torch.cat(x).to(exact).double(), data.labels.to(exact)
 
     def accuracy(weight, x, labels, k=1):
-        ranked = (x @ weight[:-1] + weight[-1]).topk(min(k, classes)).indices == labels[:, None]
+        ranked = (x @ weight).topk(min(k, classes)).indices == labels[:, None]
         return 100 * ranked.sum().item() / len(labels)
 
     (x, labels), (x_test, labels_test) = features(images), features(tests)
     mean, std = x.mean(0), x.std(0).clamp(min=1e-6)
-    x, x_test = (x - mean) / std, (x_test - mean) / std
+    x, x_test = (F.pad((t - mean) / std, (0, 1), value=1.0) for t in (x, x_test))
     fit, check = balanced_subset(labels.cpu(), holdout=0.2)
+    if not len(check):
+        raise InputError("--classifier lbfgs: needs at least three training images of a class, to "
+                         "choose its regularisation on some")
     best, weight = (-1.0, 0.0), None
     for decay in (1.0, 0.1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6):          # each starts from the last
         weight = fit_logistic(x[fit], labels[fit], classes, decay, weight)
@@ -1754,9 +1780,9 @@ def logistic_probe(probe, images, tests, classes, args, team):
 def probe(args, team):
     """Linear classifiers on frozen features of the first k blocks (Fig. 3), or, by L-BFGS, the
     transfer protocol of arXiv 2212.08420."""
-    if team.world > 1:
-        raise InputError("probe: runs in one process; start it without torchrun")
     images, tests, classes = open_data(args, team)
+    if args.classifier == "sgd" and args.batch_size == 1:
+        raise InputError("--batch-size 1: a batch is what features are normalised by; give more")
     depth, out, resume = MODELS[args.model][1], Path(args.out), args.resume
     steps = math.ceil(args.epochs * len(images) / args.batch_size)
     for k in args.layers:
@@ -1800,7 +1826,7 @@ def render(args, team):
 
 
 SHEET = {       # for `show` and `bench`: flags of every source
-    "1p-frac": dict(),
+    "1p-frac": dict(source="fractal", categories=1, instances=1, image=None, edges="none"),
     "OFDB": dict(categories=16),
     "FractalDB": dict(categories=16, instances=16),
     "RCDB": dict(source="rcdb", categories=16),
@@ -1836,7 +1862,7 @@ def show(args, team):
         print(out / name)
 
     def source(**flags):
-        flags = argparse.Namespace(**vars(args) | flags)
+        flags = argparse.Namespace(**vars(args) | SHEET["1p-frac"] | flags)
         made = SOURCES[flags.source](flags, team.device)
         return textured(made.images, flags) if made.dots else made.images
 
@@ -1873,20 +1899,21 @@ def show(args, team):
 
 def bench(args, team):
     """How fast every source is drawn, and how fast it pre-trains, in images/s."""
-    print(f"{'source':18}{'images':>8}{'drawn/s':>10}{'trained/s':>11}{'of 1p-frac':>12}")
-    rates, args.log_every = {}, args.steps // 2                     # the second half counts
+    print(f"{'source':20}{'drawn/s':>10}{'trained/s':>11}{'of 1p-frac':>12}")
+    rates, args.steps = {}, args.steps + args.steps % 2
+    args.log_every = args.steps // 2                                # the second half counts
     with tempfile.TemporaryDirectory() as folder:
         for label, flags in SHEET.items():
-            run = argparse.Namespace(**vars(args) | flags | dict(out=f"{folder}/{len(rates)}"))
-            began = time.perf_counter()
+            run = argparse.Namespace(**vars(args) | SHEET["1p-frac"] | flags
+                                     | dict(out=f"{folder}/{len(rates)}"))
             source = SOURCES[run.source](run, team.device)
-            if source.stored:
-                source.images.sum().item()                          # a GPU is done by now
-            drawn = len(source) / (time.perf_counter() - began)
+            some, began = torch.arange(min(len(source), 64)), time.perf_counter()
+            source.draw(some).sum().item()                          # a GPU is done by then
+            drawn = len(some) / (time.perf_counter() - began)
             with open(os.devnull, "w") as quiet, contextlib.redirect_stdout(quiet):
                 pretrain(run, team)
             rates[label] = read_log(Path(run.out))[-1]["images_per_s"]
-            print(f"{label:18}{len(source):8}{drawn:10.0f}{rates[label]:11.0f}"
+            print(f"{label:20}{drawn:10.0f}{rates[label]:11.0f}"
                   f"{rates[label] / rates['1p-frac']:12.2f}", flush=True)
 
 
@@ -1897,6 +1924,9 @@ def tables(recipe):
     L, on = RECIPES[recipe]["pretrain"]["L"], RECIPES[recipe]["pretrain"]["augment"].split()
     scratch, ours = ("scratch", 64.2, None), ("1p-frac", 84.2, "")
     many, few = f"--categories {L} --instances {L}", f"--categories {L}"
+
+    def sweep(flag, top1):
+        return [(str(value), paper, f"--{flag} {value}") for value, paper in top1.items()]
 
     def turn(top1, *names):                     # off what the recipe has on, and the reverse
         off = [name in on for name in names]
@@ -1918,35 +1948,33 @@ def tables(recipe):
                                                          "--source va " + many),
             ("Visual Atoms, one a category", 82.1, "--source va " + few),
             ("Visual Atoms, one image", 82.6, "--source va"), ours]),
-        "table4": ("one image of noise", 1, [
+        "table4": ("one image of noise, in random 3x3 masks", 1, [
             ("Gaussian", 1.1, "--source gaussian --texture random"),
-            ("uniform", 2.0, "--source uniform --texture random"), ours, scratch]),
-        "table5": ("perturbation degree Delta", 3, [
-            (delta, top1, f"--delta {delta}") for delta, top1 in (
-                ("0.001", 1.2), ("0.01", 19.9), ("0.05", 83.0), ("0.1", 84.2), ("0.2", 83.4),
-                ("1.0", 82.6))]),
-        "table6": ("sigma-factor", 1, [
-            (sigma, top1, f"--sigma {sigma}") for sigma, top1 in (
-                ("3.5", 84.2), ("4.0", 82.8), ("4.5", 81.9), ("5.0", 82.2), ("6.0", 81.3))]),
-        "table7": ("number of perturbations L", 1, [
-            (L, top1, f"--L {L}") for L, top1 in (
-                ("16", 78.7), ("64", 82.3), ("512", 82.4), ("1000", 84.2))]),
+            ("uniform", 2.0, "--source uniform --texture random"),
+            ("1p-frac", 84.2, "--texture random"), scratch]),
+        "table5": ("perturbation degree Delta", 3, sweep("delta", {
+            0.001: 1.2, 0.01: 19.9, 0.05: 83.0, 0.1: 84.2, 0.2: 83.4, 1.0: 82.6})),
+        "table6": ("sigma-factor", 1, sweep("sigma", {
+            3.5: 84.2, 4.0: 82.8, 4.5: 81.9, 5.0: 82.2, 6.0: 81.3})),
+        "table7": ("number of perturbations L", 1, sweep("L", {
+            16: 78.7, 64: 82.3, 512: 82.4, 1000: 84.2})),
         "table9": ("augmentation, the recipe with one switch turned", 1, [
             ours, turn(83.4, "randaug"), turn(80.1, "crop"), turn(83.6, "aspect"),
             turn(84.0, "erase"), turn(83.6, "mixup"), turn(83.3, "cutmix"),
             turn(80.4, "mixup", "cutmix"), turn(84.3, "flip"), turn(84.2, "jitter")]),
-        "table11": ("one photograph under affine warps", 1, [
+        "table11": ("one photograph (the paper: mean of five) under affine warps", 1, [
             ("RGB", 81.6, "--source image"), ("edges", 82.2, "--source image --edges canny")]),
-        "table12": ("the edges of one photograph under warps", 1, [
-            (warp, top1, f"--source image --edges canny --warp {warp}") for warp, top1 in (
-                ("affine", 81.9), ("homography", None), ("elastic", 37.0), ("polynomial", 81.3))]),
+        "table12": ("the edges of one photograph (the paper: mean of five) under warps", 1, [
+            ("affine", 81.9, "--source image --edges canny"),
+            *((warp, top1, f"--source image --edges canny --warp {warp}") for warp, top1 in (
+                ("homography", None), ("elastic", 37.0), ("polynomial", 81.3)))]),
         "table13": ("random patch augmentation", 1, [
             (label + aug, top1, f"{flags} --texture random {fresh}".strip())
             for aug, fresh, tops in (("", "", (84.0, 84.2)),
                                      (" w/ Aug.", "--fresh-texture", (85.3, 84.7)))
             for label, flags, top1 in zip(("OFDB", "1p-frac"), (few, ""), tops)]),
-        "fractals": ("which fractal, --fractal-seed (not in the paper)", 1, [
-            (seed, None, f"--fractal-seed {seed}") for seed in ("32", "0", "1", "2", "3", "4")]),
+        "fractals": ("which fractal, --fractal-seed (not in the paper)", 1,
+                     sweep("fractal-seed", dict.fromkeys((32, 0, 1, 2, 3, 4)))),
         "fig3": ("linear probes of the first k blocks, and by L-BFGS", 1, [
             *probes("1p-frac", "", (11.7, 15.5, 14.4, 13.8, 17.7)), *probes("random weights", None),
             *probes("1p-frac, L-BFGS", "", classifier=" --classifier lbfgs"),
@@ -1960,48 +1988,48 @@ TABLE_RUNS = {  # how long the tables' runs are: flags of pretrain, finetune and
 
 
 def planned(recipe, row, seed):
-    """The runs of a row of `tables`: command lines (pretrain or None, finetune or probe), and the
-    settings that their record must have."""
+    """The runs of a row of `tables`: command lines (pretrain or None, finetune or probe), and what
+    a record of them must have: pairs (settings, settings with no flag of the row)."""
     flags, probing, (before, after, probed) = row[2], " ".join(row[3:]), TABLE_RUNS[recipe]
     common, folder = f"--recipe {recipe} --seed {seed}", f"runs/tables/{recipe}/"
 
     def settings(line):
         args = make_parser().parse_args(line.split())
         fill_in(args)
-        return json.loads(json.dumps(without_places(vars(args))))
+        return json.loads(json.dumps(result_settings(vars(args))))
 
     def name(*words):
         return "-".join(" ".join(words).replace("--", "").split())
 
-    first, ckpt, pretraining = None, "", None
+    first, ckpt, pretraining, usual = None, "", None, None
     if flags is None:
         folder += f"scratch/{seed}"
     else:
-        line = f"pretrain {common} {before} {flags}"
-        pretraining = settings(line)
-        usual = settings(f"pretrain {common}")  # rows that are the recipe itself share a folder
-        same = all(v == usual[k] for k, v in pretraining.items() if k != "steps")
-        folder += f"{'1p-frac' if same else name(flags)}/{seed}"
-        line = line if not same else f"pretrain {common} {before}"
-        first = f"{' '.join(line.split())} --out {folder}/pretrain"
+        line = f"pretrain {common} {before}".strip()
+        pretraining, usual = settings(f"{line} {flags}"), settings(line)
+        if pretraining == usual:                # rows that are the recipe itself share a run
+            flags = ""
+        folder += f"{name(flags) or '1p-frac'}/{seed}"
+        first = f"{line} {flags}".strip() + f" --out {folder}/pretrain"
         ckpt = f"--ckpt {folder}/pretrain/last.pt "
     line = f"probe {common} {probed} {probing}" if probing else f"finetune {common} {after}"
     second = f"{' '.join(line.split())} {ckpt}--out {folder}/{name(line.split()[0], probing)}"
-    return first, second, pretraining, settings(line)
+    return first, second, (pretraining, usual), (settings(line), settings(line))
 
 
 def matches(record, pretraining, settings):
-    """Whether a record is of these settings; flags that came later had their default then."""
-    def same(old, new):
-        ignored = {"precision", "data", "world", "eval_epochs"}
+    """Whether a record has these settings. A flag that came later counts as left out then; a
+    folder counts as CIFAR-100, since nothing tells what is in it."""
+    def same(old, new, usual):
         return (old is None) == (new is None) and all(
-            new[k] == v for k, v in (old or {}).items() if k in new and k not in ignored)
-    return same(record["pretrain"], pretraining) and same(record["settings"], settings)
+            old.get(k, usual[k]) == new[k] for k in new or () if k not in ("precision", "data"))
+    return (same(record["pretrain"], *pretraining) and same(record["settings"], *settings)
+            and record["settings"]["data"] in ("cifar100", "folder"))
 
 
 def table(args, team):
-    """The paper's numbers beside the measured ones, from the runs' records; or, with --plan, the
-    commands that are still to be run."""
+    """The paper's numbers beside the measured ones, from the runs' records (all tables: into --out
+    as well); or, with --plan, the commands that are still to be run."""
     out, path = Path(args.out), Path(args.records)
     lines = path.read_text().splitlines() if path.exists() else []
     try:
@@ -2042,17 +2070,19 @@ def table(args, team):
         print(f"{missing} runs to do{about}", file=sys.stderr)
         return
     before, after, probed = (flags or "as the recipe" for flags in TABLE_RUNS[args.recipe])
-    each = {key: ", ".join(sorted({str(r[key]) for r in used})) or "none yet"
-            for key in ("device", "commit")}
+    each = {key: ", ".join(sorted({str((r | r["settings"])[key]) for r in used})) or "none yet"
+            for key in ("device", "commit", "data")}
     head = [f"# The paper's tables at `{args.recipe}`", "",
             "Top-1 on CIFAR-100's test set in percent, last epoch; mean (standard deviation over "
             "seeds).", "",
             f"pretrain: {before} · finetune: {after} · probe: {probed}  ",
-            f"device: {each['device']} · commit: {each['commit']} · missing: {missing} runs", ""]
-    out.mkdir(parents=True, exist_ok=True)
-    (out / f"{args.recipe}.md").write_text("\n".join(head + body))
+            f"data: {each['data']} · device: {each['device']} · commit: {each['commit']}  ",
+            f"missing: {missing} runs", ""]
     print("\n".join(head + body))
-    draw_tables(out, args.recipe, measured)
+    if not args.names:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / f"{args.recipe}.md").write_text("\n".join(head + body))
+        draw_tables(out, args.recipe, measured)
 
 
 def draw_tables(out, recipe, measured):
@@ -2228,7 +2258,7 @@ def make_parser():
 
 
 def check_source(args):
-    """Refuse flags that this source would leave unread."""
+    """Refuse what --source cannot do."""
     for name, default in (("image", None), ("edges", "none"), ("warp", "affine")):
         if args.source != "image" and getattr(args, name) is not None:
             raise InputError(f"--{name}: only with --source image")
@@ -2238,10 +2268,14 @@ def check_source(args):
         raise InputError("--fresh-texture: there is no texture to draw anew; it needs a source of "
                          "dots and --texture random")
     if args.categories > 1 and args.source not in ("fractal", "rcdb", "va"):
-        raise InputError(f"--categories: --source {args.source} has one image; leave it out")
+        raise InputError(f"--categories: --source {args.source} has none to count; leave it out")
     if args.instances > 1 and args.categories == 1:
         raise InputError("--instances: needs --categories above 1; perturbations of one image are "
                          "counted by --L")
+    if args.noise == "multiplicative" and args.warp == "elastic":
+        raise InputError("--noise multiplicative: leaves the zeros of --warp elastic what they are")
+    if args.command == "render" and args.source == "folder":
+        raise InputError("--source folder: its images are files already")
 
 
 def fill_in(args):
@@ -2276,6 +2310,8 @@ def resolve(args):
         raise InputError(f"--device {args.device}: there is none here; try --device auto")
     chosen = args.recipe is None
     args.world = int(os.environ.get("WORLD_SIZE", 1))
+    if args.world > 1 and args.command not in ("pretrain", "finetune"):
+        raise InputError(f"{args.command}: runs in one process; start it without torchrun")
     args.recipe = args.recipe or ("small" if args.device == "cuda" else "nano")
     fill_in(args)
     if getattr(args, "precision", None) == "auto":

@@ -10,12 +10,12 @@
 # on where it stopped; every run keeps its folder under runs/.
 set -euo pipefail
 cd "$(dirname "$0")"
-python=${PYTHON:-python3}
+python=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python3)}
 data=${DATA:---data cifar100}
 
 once() {    # once COMMAND FOLDER FLAGS: run, or go on with, the run in that folder
     local command=$1 out=$2; shift 2
-    if [ -f "$out/last.pt" ]; then set -- "$@" --resume; fi
+    if [ -f "$out/last.pt" ] || compgen -G "$out/layer*/last.pt" > /dev/null; then set -- "$@" --resume; fi
     "$python" onepfrac.py "$command" --out "$out" "$@"
 }
 
@@ -30,6 +30,7 @@ tables() {    # tables NAMES: what has no record yet
                 --record results/runs.jsonl ;;
         esac
     done <<< "$plan"
+    "$python" onepfrac.py table --recipe "$recipe" > /dev/null      # into results/tables/
     "$python" onepfrac.py table "$@" --recipe "$recipe"
 }
 
@@ -48,17 +49,17 @@ best() {    # best ARM: the learning rate with the highest held-out accuracy
 
 transfer() {
     for seed in $seeds; do
-        once pretrain "runs/fractal-$seed" --recipe nano --delta 0.1 --sigma 3.5 --seed "$seed"
+        once pretrain "runs/fractal-$seed" --recipe "$recipe" --delta 0.1 --sigma 3.5 --seed "$seed"
     done
     for lr in $rates; do
-        once finetune "runs/choose-fractal-$lr" --recipe nano --ckpt runs/fractal-0/last.pt \
+        once finetune "runs/choose-fractal-$lr" --recipe "$recipe" --ckpt runs/fractal-0/last.pt \
             $data $subset --holdout 0.2 --lr "$lr"
-        once finetune "runs/choose-scratch-$lr" --recipe nano $data $subset --holdout 0.2 --lr "$lr"
+        once finetune "runs/choose-scratch-$lr" --recipe "$recipe" $data $subset --holdout 0.2 --lr "$lr"
     done
     for seed in $seeds; do
-        once finetune "runs/from-fractal-$seed" --recipe nano --ckpt "runs/fractal-$seed/last.pt" \
+        once finetune "runs/from-fractal-$seed" --recipe "$recipe" --ckpt "runs/fractal-$seed/last.pt" \
             $data $subset --lr "$(best fractal)" --seed "$seed"
-        once finetune "runs/from-scratch-$seed" --recipe nano $data $subset \
+        once finetune "runs/from-scratch-$seed" --recipe "$recipe" $data $subset \
             --lr "$(best scratch)" --seed "$seed"
     done
     tail -qn 1 runs/from-*/log.jsonl

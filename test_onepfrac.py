@@ -913,7 +913,7 @@ def test_checkpoints_of_timm_and_of_the_authors_load(tmp_path):
     donor = op.ViT(32, 4, 1000, 96, 6, 3)
     nn.init.normal_(donor.head.weight)
     for content in (donor.state_dict(), {"model": donor.state_dict(), "epoch": 5},
-                    {"state_dict": donor.state_dict(), "args": argparse.Namespace(lr=1)},
+                    {"model": donor.state_dict(), "args": argparse.Namespace(model="vit_tiny")},
                     {"model": {f"module.{k}": v for k, v in donor.state_dict().items()}}):
         torch.save(content, tmp_path / "weights.pt")
         state = op.load_checkpoint(tmp_path / "weights.pt")["model"]
@@ -949,6 +949,9 @@ PRE, FINE = ["pretrain"], ["finetune", "--data", "folder", "--root", "{folder}",
     ([*PRE, "--warp", "elastic"], "--warp"), ([*PRE, "--edges", "canny"], "--edges"),
     ([*PRE, "--source", "image", "--image", "{tmp}/broken.pt"], "--image"),
     ([*PRE, "--source", "image", "--categories", "3"], "--categories"),
+    ([*PRE, "--source", "image", "--warp", "elastic", "--noise", "multiplicative"], "--noise"),
+    (["render", "--source", "folder"], "--source"), (["probe", *FINE[1:], "--batch-size", "1"], "--batch-size"),
+    (["probe", *FINE[1:], "--classifier", "lbfgs", "--train-per-class", "2"], "--classifier"),
     ([*PRE, "--instances", "3"], "--instances"), ([*PRE, "--fresh-texture"], "--fresh-texture"),
     ([*PRE, "--source", "rcdb", "--fresh-texture", "--texture", "random"], "--fresh-texture"),
     ([*PRE, "--source", "folder", "--root", "{tmp}/nowhere"], "--root"),
@@ -1093,19 +1096,19 @@ def test_logistic_regression_reaches_the_optimum():
     g = seeded(0)
     x, labels = torch.randn(200, 5, generator=g), torch.randint(3, (200,), generator=g)
     x[:, 0] += 2 * labels
-    x = x.double()
+    x = F.pad(x.double(), (0, 1), value=1.0)
     weight = op.fit_logistic(x, labels, 3, decay=0.05)
     w = weight.clone().requires_grad_()
 
     def loss(w):
-        return F.cross_entropy(x @ w[:-1] + w[-1], labels) + 0.025 * w[:-1].square().sum()
+        return F.cross_entropy(x @ w, labels) + 0.025 * w[:-1].square().sum()
     loss(w).backward()
     assert w.grad.abs().max() < 1e-4
     v = torch.zeros_like(w).detach().requires_grad_()           # plain gradient descent ends there too
     for _ in range(3000):
         gradient, = torch.autograd.grad(loss(v), v)
         v = (v - 0.3 * gradient).detach().requires_grad_()
-    assert (x @ (v[:-1] - w[:-1]) + (v[-1] - w[-1])).std(0).max() < 1e-2
+    assert (x @ (v - w)).std(0).max() < 1e-2
     assert op.fit_logistic(x, labels, 3, 5.0)[:-1].norm() < weight[:-1].norm()
 
 
@@ -1146,12 +1149,13 @@ def test_regularisation_is_chosen_without_the_test_set():
     assert right["decay"] == wrong["decay"] and right["test_top1"] > 60 > wrong["test_top1"]
 
 
-def record_of(recipe, row, seed, top1, **changes):
-    _, second, pretraining, settings = op.planned(recipe, row, seed)
+def record_of(recipe, row, seed, top1, data="cifar100", without=(), **changes):
+    _, second, (pretraining, _), (settings, _) = op.planned(recipe, row, seed)
     if pretraining:
-        pretraining |= {k: v for k, v in changes.items() if k in pretraining}
+        pretraining = {k: v for k, v in (pretraining | changes).items() if k not in without}
     return json.dumps(dict(command=second.split()[0], recipe=recipe, seed=seed, test_top1=top1, seconds=120,
-                           device="cpu", commit="abc", pretrain=pretraining, settings=settings)) + "\n"
+                           device="cpu", commit="abc", pretrain=pretraining,
+                           settings=settings | dict(data=data))) + "\n"
 
 
 def test_table_prints_what_is_measured_and_plans_what_is_missing(tmp_path, capsys):
@@ -1162,13 +1166,21 @@ def test_table_prints_what_is_measured_and_plans_what_is_missing(tmp_path, capsy
         file.write(record_of("nano", rows["0.2"], 0, 30.0))
         file.write(record_of("nano", rows["0.05"], 0, 40.0, lr=0.5))        # another setting
         file.write(record_of("small", rows["0.05"], 0, 50.0))               # another recipe
+        file.write(record_of("nano", rows["0.05"], 0, 60.0, "cifar10"))     # other data
+        file.write(record_of("nano", rows["0.05"], 0, 70.0, steps=100))     # stopped halfway
+        file.write(record_of("nano", rows["0.05"], 0, 80.0, without=["delta"]))     # then 0.1
+        file.write(json.dumps(json.loads(record_of("nano", rows["1.0"], 0, 90.0)) | {
+            "pretrain": {"recipe": None, "weights": "timm.pt"}}) + "\n")
     common = ["table", "table5", "--recipe", "nano", "--records", str(tmp_path / "runs.jsonl"),
               "--device", "cpu", "--out", str(tmp_path / "tables")]
     assert op.main(common) == 0
     printed = capsys.readouterr().out
-    assert "| 0.1 | 84.2 | 23.00 (3.61) | 3 of 3 |" in printed
+    assert "| 0.1 | 84.2 | 43.00 (32.14) | 3 of 3 |" in printed
     assert "| 0.2 | 83.4 | 30.00 | 1 of 3 |" in printed and "| 0.05 | 83.0 | not run | 0 of 3 |" in printed
-    assert "table7" not in printed and (tmp_path / "tables" / "nano.md").read_text().strip() in printed
+    assert "| 1.0 | 82.6 | not run | 0 of 3 |" in printed
+    assert "table7" not in printed and not (tmp_path / "tables").exists()
+    assert op.main([a for a in common if a != "table5"]) == 0
+    assert (tmp_path / "tables" / "nano.md").read_text().strip() in capsys.readouterr().out
     assert Image.open(tmp_path / "tables" / "nano.png").size[0] > 500
     assert op.main([*common, "--plan"]) == 0
     captured = capsys.readouterr()
@@ -1185,13 +1197,11 @@ def test_every_row_of_every_table_is_a_command_at_every_recipe():
         folders = {}
         for _, _, rows in op.tables(recipe).values():
             for row in rows:
-                first, second, pretraining, settings = op.planned(recipe, row, 0)
+                first, second, (pretraining, usual), (settings, _) = op.planned(recipe, row, 0)
                 assert (first is None) == (row[2] is None) and settings["recipe"] == recipe
                 folders.setdefault(second.split("--out ")[1], set()).add((first, second))
                 if first:
-                    usual = op.planned(recipe, ("", None, ""), 0)[2]
-                    changed = {k for k in usual if usual[k] != pretraining[k]}
-                    assert bool(changed) == ("/1p-frac/" not in first)
+                    assert (usual != pretraining) == ("/1p-frac/" not in first)
         assert all(len(runs) == 1 for runs in folders.values())     # one setting a folder
     deit = {row[2]: row[1] for row in op.tables("paper")["table9"][2]}
     assert deit["--no-crop"] == 80.1 and deit["--no-mixup --no-cutmix"] == 80.4
@@ -1210,7 +1220,7 @@ out=$(echo "$@" | sed 's/.*--out \\([^ ]*\\).*/\\1/'); mkdir -p $out; touch $out
 [ "$(wc -l < commands.txt)" = 3 ] && exit 1
 exit 0
 """)
-    rows = op.tables("nano")["table4"][2]
+    rows = op.tables("nano")["table12"][2]
     (tmp_path / "results" / "runs.jsonl").write_text("".join(
         record_of("nano", row, 0, 10.0) for row in rows[1:]))
 
@@ -1218,13 +1228,13 @@ exit 0
         return subprocess.run(["bash", "reproduce.sh", *names], cwd=tmp_path, capture_output=True, text=True,
                               env={**os.environ, "PYTHON": f"{tmp_path}/fake.sh", "OMP_NUM_THREADS": "1"})
     os.chmod(tmp_path / "fake.sh", 0o755)
-    done = reproduce("table4")
+    done = reproduce("table12")
     commands = (tmp_path / "commands.txt").read_text().splitlines()
     assert done.returncode == 0 and "1 runs to do, about 2 minutes" in done.stderr
-    assert [c.split()[1] for c in commands] == ["pretrain", "finetune"] and "gaussian" in commands[0]
-    assert "--data cifar100 --record results/runs.jsonl" in commands[1] and "| uniform | 2.0 |" in done.stdout
-    assert reproduce("table4").returncode == 1                  # the third command is interrupted ...
-    assert reproduce("nano", "table4").returncode == 0          # ... and goes on
+    assert [c.split()[1] for c in commands] == ["pretrain", "finetune"] and "canny" in commands[0]
+    assert "--data cifar100 --record results/runs.jsonl" in commands[1] and "| elastic | 37.0 |" in done.stdout
+    assert reproduce("table12").returncode == 1                  # the third command is interrupted ...
+    assert reproduce("nano", "table12").returncode == 0          # ... and goes on
     commands = (tmp_path / "commands.txt").read_text().splitlines()
     assert len(commands) == 5 and all("--resume" in c for c in commands[2:])
     assert reproduce("table99").returncode == 2
