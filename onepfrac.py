@@ -601,15 +601,15 @@ def contour_source(args, device):
         labels = torch.arange(args.categories).repeat_interleave(args.instances)
         return Drawn(labels, draw_instances, device)
 
-    base = next(b for b in (contour(kind, args.fractal_seed, c, 0) for c in range(10 ** 9))
-                if filled(draw(b), background) >= 0.2)
+    category = next(c for c in range(10 ** 9) if filled(
+        draw(contour(kind, args.fractal_seed, c, 0)), background) >= 0.2)
+    base = contour(kind, args.fractal_seed, category, 0)
     ones = torch.ones(len(base[0]))
     scale = around(ones, args)
 
     def draw_scaled(i):
         return torch.cat([draw(base, some) for some in scale[i].split(16)])
-    return Drawn(torch.arange(args.L), draw_scaled, device, base=base[0], centre=base[1],
-                 greys=base[2], eps=scale - ones)
+    return Drawn(torch.arange(args.L), draw_scaled, device, category=category, eps=scale - ones)
 
 
 def canny(image, low=100, high=200):
@@ -1255,8 +1255,8 @@ class Images(torch.utils.data.Dataset):
 # 8 · Training: one loop for pre-training and fine-tuning
 #
 # All randomness of a step is a function of (seed, step, rank), and which images it sees of (seed,
-# step, number of ranks). So a run that is
-# resumed at a step goes on exactly, with no generator to store; and ranks see different images.
+# step, number of ranks). So a run that is resumed at a step goes on exactly, with no generator to
+# store; and ranks see different images.
 # ==================================================================================================
 
 def seed_for(*key):
@@ -1573,7 +1573,8 @@ def textured(images, args, *key):
 
 
 def save_theta(path, source):
-    """What the authors never kept: the base system, every eps, or the maps of every category."""
+    """What the authors never kept: the base and every eps, or the maps of every category. (The
+    contours of a category follow from --fractal-seed: `contour`.)"""
     theta = {k: v.tolist() if isinstance(v, torch.Tensor) else v for k, v in source.theta.items()}
     path.write_text(json.dumps(theta) + "\n")
 
@@ -2125,14 +2126,13 @@ def number(kind, low, high=math.inf, above=False):
     def convert(text):
         try:
             value = kind(text)
-            finite = math.isfinite(value)
+            good = low <= value <= high and math.isfinite(value) and not (above and value == low)
         except (ValueError, OverflowError):
-            name = "a whole number" if kind is int else "a number"
-            raise argparse.ArgumentTypeError(f"{text!r} is not {name}") from None
-        if not finite or not value <= high or not (low < value if above else low <= value):
-            border = f"above {low}" if above else f"at least {low}"
-            upper = " and finite" if high == math.inf else f" and at most {high}"
-            raise argparse.ArgumentTypeError(f"{text} must be {border}{upper}")
+            good = False
+        if not good:
+            raise argparse.ArgumentTypeError(
+                f"{text!r}: give a {'whole ' * (kind is int)}number {'above' if above else 'from'} "
+                f"{low} {'up' if high == math.inf else f'to {high}'}")
         return value
     return convert
 
