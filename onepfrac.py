@@ -2132,7 +2132,7 @@ def number(kind, low, high=math.inf, above=False):
         if not good:
             raise argparse.ArgumentTypeError(
                 f"{text!r}: give a {'whole ' * (kind is int)}number {'above' if above else 'from'} "
-                f"{low} {'up' if high == math.inf else f'to {high}'}")
+                f"{low}" + f" to {high}" * (high < math.inf))
         return value
     return convert
 
