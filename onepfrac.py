@@ -1827,7 +1827,7 @@ def render(args, team):
 
 
 SHEET = {       # for `show` and `bench`: flags of every source
-    "1p-frac": dict(source="fractal", categories=1, instances=1, image=None, edges="none"),
+    "1p-frac": dict(),
     "OFDB": dict(categories=16),
     "FractalDB": dict(categories=16, instances=16),
     "RCDB": dict(source="rcdb", categories=16),
@@ -1863,7 +1863,7 @@ def show(args, team):
         print(out / name)
 
     def source(**flags):
-        flags = argparse.Namespace(**vars(args) | SHEET["1p-frac"] | flags)
+        flags = argparse.Namespace(**vars(args) | flags)
         made = SOURCES[flags.source](flags, team.device)
         return textured(made.images, flags) if made.dots else made.images
 
@@ -1884,7 +1884,7 @@ def show(args, team):
     for k in range(args.canvas // 16, args.canvas, args.canvas // 8):
         lines[:, k], lines[:, :, k] = 255, 255
     rows = []
-    photo = photograph(args.image, args.canvas, "cpu")
+    photo = photograph(None, args.canvas, "cpu")
     for label, image in (("grid", lines), ("photograph", photo)):
         images = [image[None].float()]
         for kind, base in WARPS.items():
@@ -1905,8 +1905,7 @@ def bench(args, team):
     args.log_every = args.steps // 2                                # the second half counts
     with tempfile.TemporaryDirectory() as folder:
         for label, flags in SHEET.items():
-            run = argparse.Namespace(**vars(args) | SHEET["1p-frac"] | flags
-                                     | dict(out=f"{folder}/{len(rates)}"))
+            run = argparse.Namespace(**vars(args) | flags | dict(out=f"{folder}/{len(rates)}"))
             source = SOURCES[run.source](run, team.device)
             some, began = torch.arange(min(len(source), 64)), time.perf_counter()
             source.draw(some).sum().item()                          # a GPU is done by then
@@ -2211,19 +2210,14 @@ def make_parser():
                            metavar=("LOW", "HIGH"), help="area of the crop")
         group.add_argument("--smoothing", type=rate(0, 1), help="label smoothing")
 
-    for name, text, steps in (("pretrain", pretrain.__doc__, None), ("bench", bench.__doc__, 40)):
+    def add_pretraining(name, text, steps=None):
         command, run = add(name, text)
-        run.add_argument("--steps", type=whole(2 if steps else 1), default=steps)
+        run.add_argument("--steps", type=whole(1), default=steps)
         add_source(command)
         add_training(command, run)
         group = command.add_argument_group('Tables 13, 14: "w/ Aug.", and --source folder')
         group.add_argument("--fresh-texture", action="store_true", help="new 3x3 masks every step")
         add_reading(group)
-
-    command, run = add("render", render.__doc__)
-    add_source(command)
-    add_reading(run)
-    add_source(add("show", show.__doc__)[0])
 
     def add_transfer(name, text):
         command, run = add(name, text)
@@ -2241,24 +2235,31 @@ def make_parser():
                            help="test this often")
         return command
 
-    run = add("table", table.__doc__)[1]
-    run.add_argument("names", nargs="*", choices=[[], *tables("nano")], metavar="NAME",
-                     help=f"of {', '.join(tables('nano'))}; default: all")
-    run.add_argument("--records", metavar="FILE", default="results/runs.jsonl")
-    run.add_argument("--plan", action="store_true", help="print the commands that are missing")
-    run.set_defaults(out="results/tables")
-
+    add_pretraining("pretrain", pretrain.__doc__)
     add_transfer("finetune", finetune.__doc__)
     group = add_transfer("probe", probe.__doc__).add_argument_group("Fig. 3: linear probing")
     group.add_argument("--layers", type=whole(1), nargs="+", metavar="k", default=[1, 2, 3, 4, 6])
     group.add_argument("--classifier", choices=("sgd", "lbfgs"), default="sgd",
                        help="sgd with augmentation (Fig. 3), or logistic regression by L-BFGS, its "
                             "regularisation chosen on a fifth of the training images")
+    command, run = add("render", render.__doc__)
+    add_source(command)
+    add_reading(run)
+    add_source(add("show", show.__doc__)[0])
+    add_pretraining("bench", bench.__doc__, steps=40)
+    run = add("table", table.__doc__)[1]
+    run.add_argument("names", nargs="*", choices=[[], *tables("nano")], metavar="NAME",
+                     help=f"of {', '.join(tables('nano'))}; default: all")
+    run.add_argument("--records", metavar="FILE", default="results/runs.jsonl")
+    run.add_argument("--plan", action="store_true", help="print the commands that are missing")
+    run.set_defaults(out="results/tables")
     return parser
 
 
 def check_source(args):
     """Refuse what --source cannot do."""
+    if args.command in ("show", "bench") and (args.source != "fractal" or args.categories > 1):
+        raise InputError(f"--source, --categories: {args.command} goes through all by itself")
     for name, default in (("image", None), ("edges", "none"), ("warp", "affine")):
         if args.source != "image" and getattr(args, name) is not None:
             raise InputError(f"--{name}: only with --source image")
