@@ -2048,18 +2048,19 @@ def table(args, team):
         body += [f"## {name}: {title}", "", "| | paper | here | seeds |", "|---|---|---|---|"]
         for row in rows:
             values = []
-            for seed in range(seeds):
+            for seed in sorted({*range(seeds), *(r["seed"] for r in records)}):
                 first, second, *settings = planned(args.recipe, row, seed)
                 found = [r for r in records if r["seed"] == seed and matches(r, *settings)][-1:]
                 values += [r["test_top1"] for r in found]
                 used += found
-                if not found:
+                if not found and seed < seeds:
                     plan |= {line: None for line in (first, second) if line}
             number = f"{sum(values) / len(values):.2f}" if values else "not run"
             if len(values) > 1:
                 number += f" ({torch.tensor(values).std():.2f})"
             paper = "-" if row[1] is None else row[1]
-            body.append(f"| {row[0]} | {paper} | {number} | {len(values)} of {seeds} |")
+            asked = f" of {seeds}" if len(values) < seeds else ""
+            body.append(f"| {row[0]} | {paper} | {number} | {len(values)}{asked} |")
             measured.setdefault(name, []).append((row[0], row[1], values))
         body.append("")
     missing = sum(not line.startswith("pretrain") for line in plan)
@@ -2090,13 +2091,14 @@ def draw_tables(out, recipe, measured):
     from matplotlib.figure import Figure
     figure = Figure(figsize=(12, 3.2), layout="constrained")
     axes = figure.subplots(1, 4)
+    scratch = next((v for row, _, v in measured.get("table2", ()) if row == "scratch"), ())
     for axis, (name, label) in zip(axes, (("table5", "$\\Delta$"), ("table6", "$\\sigma$"),
                                           ("table7", "$L$"), ("fig3", "$k$"))):
         right = axis.twinx()
         series = {}
         for row, paper, values in measured.get(name, ()):
             line, _, x = row.rpartition(", k = ")
-            series.setdefault(line, []).append((float(x), paper, values))
+            series.setdefault(line or "1p-frac", []).append((float(x), paper, values))
         for k, (line, points) in enumerate(series.items()):
             ours = [(x, sum(v) / len(v)) for x, _, v in points if v]
             axis.plot(*zip(*ours) if ours else ((), ()), color=f"C{k}", marker="o", label=line)
@@ -2105,11 +2107,15 @@ def draw_tables(out, recipe, measured):
             theirs = [(x, paper) for x, paper, _ in points if paper is not None]
             right.plot(*zip(*theirs) if theirs else ((), ()), color="0.6", marker="s", ls="--")
         axis.set_xlabel(label)
-        axis.set_xscale("log" if name in ("table5", "table7") else "linear")
+        if name in ("table5", "table7"):
+            axis.set_xscale("log")
+        else:
+            axis.set_xticks(sorted({x for points in series.values() for x, _, _ in points}))
         axis.set_zorder(1)
         axis.patch.set_visible(False)
-        if len(series) > 1:
-            axis.legend(fontsize=7)
+        if scratch and name != "fig3":
+            axis.axhline(sum(scratch) / len(scratch), color="C1", lw=1, label="scratch")
+        axis.legend(fontsize=7)
     axes[0].set_ylabel(f"top-1 (%) at {recipe}")
     right.set_ylabel("paper (grey)")
     figure.savefig(out / f"{recipe}.png", dpi=150)
@@ -2143,6 +2149,7 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"onepfrac: {message.removeprefix('argument ')}\n")
 
 
+@functools.lru_cache
 def make_parser():
     """All commands and flags; a number whose default is None comes from the recipe (`resolve`)."""
     parser = Parser(prog="onepfrac.py", description=__doc__.split("\n\n")[0], allow_abbrev=False)

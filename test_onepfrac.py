@@ -1175,7 +1175,7 @@ def test_table_prints_what_is_measured_and_plans_what_is_missing(tmp_path, capsy
               "--device", "cpu", "--out", str(tmp_path / "tables")]
     assert op.main(common) == 0
     printed = capsys.readouterr().out
-    assert "| 0.1 | 84.2 | 43.00 (32.14) | 3 of 3 |" in printed
+    assert "| 0.1 | 84.2 | 43.00 (32.14) | 3 |" in printed
     assert "| 0.2 | 83.4 | 30.00 | 1 of 3 |" in printed and "| 0.05 | 83.0 | not run | 0 of 3 |" in printed
     assert "| 1.0 | 82.6 | not run | 0 of 3 |" in printed
     assert "table7" not in printed and not (tmp_path / "tables").exists()
