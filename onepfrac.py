@@ -1781,14 +1781,14 @@ def logistic_probe(probe, images, tests, classes, args, team):
 def probe(args, team):
     """Linear classifiers on frozen features of the first k blocks (Fig. 3), or, by L-BFGS, the
     transfer protocol of arXiv 2212.08420."""
-    images, tests, classes = open_data(args, team)
-    if args.classifier == "sgd" and args.batch_size == 1:
-        raise InputError("--batch-size 1: a batch is what features are normalised by; give more")
     depth, out, resume = MODELS[args.model][1], Path(args.out), args.resume
-    steps = math.ceil(args.epochs * len(images) / args.batch_size)
     for k in args.layers:
         if k > depth:
             raise InputError(f"--layers {k}: {args.model} has {depth} blocks")
+    if args.classifier == "sgd" and args.batch_size == 1:
+        raise InputError("--batch-size 1: a batch is what features are normalised by; give more")
+    images, tests, classes = open_data(args, team)
+    steps = math.ceil(args.epochs * len(images) / args.batch_size)
     for k in args.layers:
         args.out = str(out / f"layer{k}")
         args.resume = resume and (Path(args.out) / "last.pt").exists()
@@ -2030,7 +2030,10 @@ def matches(record, pretraining, settings):
 def table(args, team):
     """The paper's numbers beside the measured ones, from the runs' records (all tables: into --out
     as well); or, with --plan, the commands that are still to be run."""
-    out, path = Path(args.out), Path(args.records)
+    out, path, known = Path(args.out), Path(args.records), tables(args.recipe)
+    for name in args.names:
+        if name not in known:
+            raise InputError(f"NAME {name}: there is no such table; there are {', '.join(known)}")
     lines = path.read_text().splitlines() if path.exists() else []
     try:
         records = [json.loads(line) for line in lines]
@@ -2042,7 +2045,7 @@ def table(args, team):
         raise InputError(f"--records {path}: not records of runs, a JSON object a line")
     records = [r for r in records if r["recipe"] == args.recipe]
     plan, used, body, measured = {}, [], [], {}
-    for name, (title, seeds, rows) in tables(args.recipe).items():
+    for name, (title, seeds, rows) in known.items():
         if args.names and name not in args.names:
             continue
         body += [f"## {name}: {title}", "", "| | paper | here | seeds |", "|---|---|---|---|"]
@@ -2255,7 +2258,7 @@ def make_parser():
     add_source(add("show", show.__doc__)[0])
     add_pretraining("bench", bench.__doc__, steps=40)
     run = add("table", table.__doc__)[1]
-    run.add_argument("names", nargs="*", choices=[[], *tables("nano")], metavar="NAME",
+    run.add_argument("names", nargs="*", metavar="NAME",
                      help=f"of {', '.join(tables('nano'))}; default: all")
     run.add_argument("--records", metavar="FILE", default="results/runs.jsonl")
     run.add_argument("--plan", action="store_true", help="print the commands that are missing")

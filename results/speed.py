@@ -65,7 +65,7 @@ def pipeline(steps=25, rounds=5):
     args = op.make_parser().parse_args(["pretrain", "--recipe", "nano", "--device", "cpu"])
     device = op.resolve(args)
     team = op.Team(device, 0, 1)
-    _, _, images = op.fractal_images(args, device)
+    images = op.SOURCES["fractal"](args, device).images
     model = op.make_model(args, team, args.L, args.steps, args.L)
     augment = op.make_augment(args, args.L, op.HALF, op.HALF, True)
     augment.generator = torch.Generator()
