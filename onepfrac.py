@@ -146,106 +146,103 @@ def sample_ifs(num_maps, sigma, generator=None):
 #
 # v_{t+1} = w_j(v_t) from v_0 = (0, 0), the map j drawn anew each step with p_j proportional to
 # |det A_j| (the paper calls the drawn index sigma_t, which is not the sigma-factor).
-# One orbit is a long chain of tiny steps, so here a thousand short orbits run side by side. All
-# images share the sequence, so an orbit needs the same map j of every image: with the images along
-# the last axis, that is one contiguous row, and a step is one copy of rows and two products.
+# One orbit is a long chain of tiny steps, so here a thousand short orbits of every image run side by
+# side. All images share the sequence of maps, and it is read, not drawn: from a table of random maps
+# each orbit takes the entry beside its neighbour's, at each step from another random place on. So
+# what a step needs is one slice of the table, a view, and the step is four products.
 # ==================================================================================================
 
 ORBIT = 100      # plotted steps of each orbit
 BURN_IN = 30     # steps before, to reach the attractor from the origin; they are not plotted
+PLACES = 1024    # in the table, where a step may begin to read
 GREY = 127       # colour of a stamp
-POINTS_IN_FLIGHT, PIXELS_IN_FLIGHT = 3_000_000, 2 ** 24    # of the images rendered as a group
+# What is drawn at once: numbers of the orbits, and then points and pixels of the rasters. On a CPU
+# a raster should fit its cache, and a step of the orbits be worth starting two threads.
+IN_FLIGHT = {"cpu": (14_000_000, 3_000_000), "cuda": (70_000_000, 100_000_000)}
 
 
-def map_sequence(probs, draws):
-    """The maps j (steps, K) that uniform numbers `draws` (steps, K) choose with probs (N,)."""
-    ends = probs.cpu().double().cumsum(0)
-    return torch.searchsorted(ends / ends[-1], draws, right=True)
-
-
-def common_maps(maps, probs):
-    """Let B systems with probabilities of their own share a sequence: cut [0, 1) wherever one of
-    them changes its map. maps (B, N, 2, 3), probs (B, N) -> maps (B, I, 2, 3), probs (I,).
+def map_table(probs, points, generator=None):
+    """The table j (..., M) of random maps, with probs (..., N), and where each step begins to read:
+    PLACES more entries than orbits, each map as often as its probability says. One draw for all.
     """
-    ends = probs.cpu().double().cumsum(1)
-    ends = ends / ends[:, -1:]                                      # (B, N), the last is 1
-    cuts = ends.unique()
-    widths = cuts.diff(prepend=cuts.new_zeros(1))
-    j = torch.searchsorted(ends, (cuts - widths / 2).repeat(len(maps), 1))      # (B, I)
-    return maps[torch.arange(len(maps))[:, None], j.to(maps.device)], widths
+    M = -(-points // ORBIT) + PLACES
+    draws = torch.rand(M, generator=generator, dtype=torch.float64)
+    draws = (torch.randperm(M, generator=generator) + draws) / M
+    starts = torch.randint(PLACES + 1, (BURN_IN + ORBIT,), generator=generator).tolist()
+    ends = probs.cpu().double().clamp(min=1e-9).cumsum(-1)
+    draws = draws.expand(*ends.shape[:-1], M).contiguous()
+    return torch.searchsorted(ends / ends[..., -1:], draws, right=True), starts
 
 
-def chaos_game(maps, sequence, out=None):
-    """Orbits of B systems at once: maps (B, N, 2, 3), sequence (steps, K) -> points (T, 2, K, B).
+def chaos_game(maps, j, starts, out=None):
+    """Orbits of B systems at once: maps (B, N, 2, 3) -> points (2, B, len(starts) - BURN_IN, K).
 
-    `out` is memory to write the points into; fresh memory for each group would cost a sixth more.
-    Steps of the burn-in go to scratch memory.
+    j (B, M): the table of maps that each system reads, at each step from the next of `starts` on;
+    K = M - PLACES orbits. `out` is memory to write the points into.
     """
-    (steps, K), B = sequence.shape, len(maps)
-    if out is None or out.shape != (steps - BURN_IN, 2, K, B):
-        out = maps.new_empty(steps - BURN_IN, 2, K, B)
-    numbers = maps.permute(2, 3, 1, 0).flatten(0, 1).contiguous()   # (6, N, B)
-    x, y = maps.new_zeros(2, K, B)
-    for step, j in enumerate(sequence.to(maps.device)):
-        a, b, e, c, d, f = (number.index_select(0, j) for number in numbers)    # (K, B) each
-        place = out[step - BURN_IN] if step >= BURN_IN else torch.empty_like(out[0])
-        x, y = (torch.addcmul(e, a, x, out=place[0]).addcmul_(b, y),
-                torch.addcmul(f, c, x, out=place[1]).addcmul_(d, y))
+    B, M = j.shape
+    K, steps = M - PLACES, len(starts) - BURN_IN
+    if out is None or out.shape != (2, B, steps, K):
+        out = maps.new_empty(2, B, steps, K)
+    table = maps.permute(3, 2, 0, 1).gather(3, j.to(maps.device).expand(3, 2, B, M))
+    v = maps.new_zeros(2, B, K)
+    for step, start in enumerate(starts):
+        A_x, A_y, t = table[..., start:start + K]                   # (2, B, K), columns of [A t]
+        place = out[:, :, step - BURN_IN] if step >= BURN_IN else torch.empty_like(v)
+        v = torch.addcmul(t, A_x, v[0], out=place).addcmul_(A_y, v[1])
     return out
 
 
 def bounding_box(points, expands, trim=True):
-    """Corners low, high (2, B) of points (T, 2, K, B), and whether any point may lie outside.
+    """Corners low, high (2, B) of points (2, B, P), and whether any point may lie outside.
 
     A system with a map that expands (B,) may throw a few points far out: with trim its box follows
     the central 98% of the points where the full one is over twice as large.
     """
-    K, B = points.shape[2:]
-    low, high = points.amin(0).amin(1), points.amax(0).amax(1)      # (2, B), NaN if a point is
-    if not trim:
-        return low, high, True
-    wild = expands.new_zeros(B)
-    if expands.any():
-        sample = points[:, :, ::max(1, K // 20)]                    # enough for two quantiles
-        sample = sample.permute(1, 3, 0, 2).flatten(2).nan_to_num(1e30, 1e30, -1e30)
-        core = torch.quantile(sample, sample.new_tensor([0.01, 0.99]), dim=2)   # (2, 2, B)
-        wild = expands & ~(high - low <= 2 * (core[1] - core[0]))   # true for NaN as well
-        low, high = torch.where(wild, core[0], low), torch.where(wild, core[1], high)
-    return low, high, bool(wild.any())
+    low, high = points.amin(2), points.amax(2)                      # (2, B), NaN if a point is
+    if not trim or not expands.any():
+        return low, high, not trim
+    sample = points[:, :, ::points.shape[2] // 2000 | 1][:, expands].nan_to_num(1e30)
+    rank = sample.shape[2] // 100 + 1
+    core_low, core_high = (sample.topk(rank, 2, top).values[..., -1] for top in (False, True))
+    full_low, full_high = low[:, expands], high[:, expands]
+    tame = full_high - full_low <= 2 * (core_high - core_low)       # false for NaN
+    low[:, expands] = torch.where(tame, full_low, core_low)
+    high[:, expands] = torch.where(tame, full_high, core_high)
+    return low, high, not tame.all()
 
 
 def rasterize(points, size, low, high, clip):
-    """Points (T, 2, K, B) -> images (B, size, size) uint8, GREY where hit, y upwards.
+    """Points (2, B, P) -> images (B, size, size) uint8, GREY where hit, y upwards.
 
     The box from low to high (2, B) is stretched to fill the canvas but for a margin of 6 pixels in
-    512; clip says whether points may lie outside, which are not drawn.
+    512; clip says whether points may lie outside, which are not drawn. The points are overwritten.
     """
-    B = points.shape[3]
-    margin, canvas = max(1, 6 * size // 512), size * size
-    scale = (size - 1 - 2 * margin) / (high - low).clamp(min=1e-6)
-    corner = torch.stack([low[0], high[1]])[:, None]                # (2, 1, B), the upper left one
-    scale = torch.stack([scale[0], -scale[1]])[:, None]             # image rows grow downwards
-    image = torch.arange(B, device=points.device) * canvas
-    hits = torch.zeros(B * canvas + 1, dtype=torch.uint8, device=points.device)
-    for few in points.split(10):                                    # pieces that stay in the cache
-        pixel = (few - corner).mul_(scale).add_(margin + 0.5).floor_()          # (10, 2, K, B)
-        cell = torch.add(pixel[:, 0], pixel[:, 1], alpha=size).long().add_(image)
-        if clip:
-            inside = ((few >= low[:, None]) & (few <= high[:, None])).all(1)
-            cell.masked_fill_(~inside, B * canvas)                  # a spare cell behind the last
-        hits[cell.view(-1)] = GREY
-    return hits[:-1].view(B, size, size)
+    margin = max(1, 6 * size // 512)
+    scale = (size - 1 - 2 * margin) / (high - low).clamp(min=1e-6)  # (2, B)
+    scale[1] *= -1                                                  # image rows grow downwards
+    corner = torch.stack([low[0], high[1]])                         # the upper left one
+    pixel = points.mul_(scale[..., None]).add_((margin + 0.5 - corner * scale)[..., None])
+    inside = ((pixel >= margin) & (pixel < size - margin)).all(0) if clip else None
+    x, y = pixel.floor_()
+    cell = torch.add(x, y, alpha=size).long()                       # (B, P), exact to 4096 x 4096
+    if clip:
+        cell *= inside                                              # the rest to the first pixel
+    hits = torch.zeros(len(cell), size ** 2, dtype=torch.uint8, device=points.device)
+    hits.scatter_(1, cell, hits.new_full((1, 1), GREY).expand(cell.shape))
+    hits[:, 0] = 0                                                  # which lies in the margin
+    return hits.view(-1, size, size)
 
 
-def dilate(images):
+def dilate(images, out=None):
     """Each lit pixel grows to its 3x3 neighbourhood: images (B, S, S) uint8 -> the same."""
     rows = F.pad(images, (1, 1, 1, 1))
     rows = rows[:, :-2] | rows[:, 1:-1] | rows[:, 2:]
-    return rows[:, :, :-2] | rows[:, :, 1:-1] | rows[:, :, 2:]
+    return torch.bitwise_or(rows[:, :, :-2] | rows[:, :, 1:-1], rows[:, :, 2:], out=out)
 
 
-def stamp(coverage, texture, generator=None):
-    """Give whole stamps (B, S, S) their texture: images of `ifs_coverage` -> grey images uint8.
+def stamp(images, texture, generator=None):
+    """Give whole stamps (B, S, S) of `ifs_coverage` their texture, in place -> images.
 
     The authors stamp each point with one of the 511 non-empty 3x3 masks, later stamps overwriting
     earlier ones. A covered pixel shows the bit of the last stamp on it, set in 256 of 511 masks:
@@ -253,16 +250,15 @@ def stamp(coverage, texture, generator=None):
     image that is kept on the device costs one random mask. The generator is on its device.
     """
     if texture != "random":
-        return coverage
+        return images
     # Eight coins from each random byte: 1/2 for 256/511, and an eighth of the random numbers.
-    images = torch.empty_like(coverage)
     bit = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8, device=images.device)
-    draws = 16 * coverage[0].numel() // 64 + 1                      # also for a short last group
-    for out, group in zip(images.split(16), coverage.split(16)):    # pieces that stay in the cache
+    draws = 16 * images[0].numel() // 64 + 1                        # also for a short last group
+    for group in images.split(16):                                  # pieces that stay in the cache
         draw = torch.empty(draws, dtype=torch.int64, device=images.device)
         draw = draw.random_(-2 ** 63, None, generator=generator).view(torch.uint8)
-        coin = (draw & bit[:, None]).view(-1)[:group.numel()].view_as(group) != 0
-        torch.mul(group, coin.view(torch.uint8), out=out)
+        coin = (draw & bit[:, None]).ne_(0)
+        group.mul_(coin.view(-1)[:group.numel()].view_as(group))
     return images
 
 
@@ -271,27 +267,24 @@ def ifs_coverage(maps, size, points, texture, probs=None, generator=None, trim=T
 
     probs: the map probabilities of all systems (N,) or of each (L, N), by default in proportion to
     the mean |det A| of `maps`; pre-training passes the unperturbed system's. The generator, on the
-    CPU, draws the numbers that choose the maps of all images: K orbits of BURN_IN + ORBIT steps.
+    CPU, draws the table of maps and where each step reads it, for all images.
     """
     if probs is None:
         probs = maps[..., :2].det().abs().mean(0)
-    probs = probs.clamp(min=1e-9)
-    draws = torch.rand(BURN_IN + ORBIT, -(-points // ORBIT), generator=generator,
-                       dtype=torch.float64)
+    j, starts = map_table(probs, points, generator)
+    j, orbits = j.expand(len(maps), -1), None
     coverage = torch.empty(len(maps), size, size, dtype=torch.uint8, device=maps.device)
-    sequence = map_sequence(probs, draws) if probs.ndim == 1 else None
-    orbits = None
-    group = max(1, min(POINTS_IN_FLIGHT // points, PIXELS_IN_FLIGHT // size ** 2))
-    for first in range(0, len(maps), group):
-        members = maps[first:first + group]
+    numbers, dots = IN_FLIGHT.get(maps.device.type, IN_FLIGHT["cpu"])
+    group = max(1, numbers // (2 * points + 6 * j.shape[1]))
+    few = max(1, dots // (points + size ** 2))
+    for members, j, covered in zip(maps.split(group), j.split(group), coverage.split(group)):
         square, det = members[..., :2].square().sum((2, 3)), members[..., :2].det()
         expands = ((square > 1 + det ** 2) | (square > 2)).any(1)   # a singular value above 1
-        if probs.ndim == 2:
-            members, shared = common_maps(members, probs[first:first + group])
-            sequence = map_sequence(shared, draws)
-        orbits = chaos_game(members, sequence, orbits)
-        hits = rasterize(orbits, size, *bounding_box(orbits, expands, trim))
-        coverage[first:first + group] = hits if texture == "point" else dilate(hits)
+        orbits = chaos_game(members, j, starts, orbits)
+        for points, wide, out in zip(orbits.flatten(2).split(few, 1), expands.split(few),
+                                     covered.split(few)):
+            hits = rasterize(points, size, *bounding_box(points, wide, trim))
+            out.copy_(hits) if texture == "point" else dilate(hits, out=out)
     return coverage
 
 
@@ -302,10 +295,11 @@ def render_ifs(maps, size=512, points=100_000, texture="random", generator=None,
     generator: on the CPU; draws the map sequence and seeds the texture. Systems without an
     attractor give blank or nearly blank images, never NaN. Raises ValueError on bad arguments.
     """
-    if maps.ndim != 4 or maps.shape[2:] != (2, 3) or not len(maps) or size < 8 or points < 1 \
-            or (probs is not None and probs.shape not in (maps.shape[:2], maps.shape[1:2])):
-        raise ValueError(f"need maps (L, N, 2, 3) with L >= 1, probs (N,) or (L, N), size >= 8, "
-                         f"points >= 1; got {tuple(maps.shape)}, {probs}, {size}, {points}")
+    if maps.ndim != 4 or maps.shape[2:] != (2, 3) or not len(maps) or not 8 <= size <= 4096 \
+            or points < 1 or (
+                probs is not None and probs.shape not in (maps.shape[:2], maps.shape[1:2])):
+        raise ValueError(f"need maps (L, N, 2, 3) with L >= 1, probs (N,) or (L, N), size from 8 to "
+                         f"4096, points >= 1; got {tuple(maps.shape)}, {probs}, {size}, {points}")
     if texture not in ("random", "fill", "point"):
         raise ValueError(f"texture must be random, fill or point, got {texture!r}")
     coverage = ifs_coverage(maps, size, points, texture, probs, generator)
@@ -490,22 +484,21 @@ def cloud_source(args, device):
     gaussian = args.source == "gaussian"
     base = torch.tensor([[0., 1, 0], [0, 0, 1]] if gaussian else [[-1., 1], [-1, 1]])
     theta, generator = around(base, args), torch.Generator().manual_seed(args.fractal_seed)
-    shape = (ORBIT, 2, -(-args.points // ORBIT), 1)
-    unit = (torch.randn if gaussian else torch.rand)(shape, generator=generator).to(device)
-    group = max(1, POINTS_IN_FLIGHT // args.points)
+    unit = torch.randn if gaussian else torch.rand
+    unit = unit(2, args.points, generator=generator).to(device)
 
     def draw(i):
         images = []
-        for some in theta[i].split(group):
+        for some in theta[i].split(max(1, 3_000_000 // args.points)):
             if gaussian:                        # z -> mean + C^(1/2) z
                 covariance = (some[:, :, 1:] + some[:, :, 1:].mT) / 2
                 value, vector = torch.linalg.eigh(covariance)
                 root = vector * value.clamp(min=0).sqrt()[:, None] @ vector.mT
-                points = torch.einsum("bij,tjk->tikb", root.to(device), unit[..., 0]).contiguous()
-                points += some[:, :, 0].T[:, None].to(device)
+                points = some[:, :, 0, None].to(device) + root.to(device) @ unit
             else:
-                low, high = some.permute(2, 1, 0)[:, :, None].to(device)        # (2, 1, B) each
+                low, high = some[:, :, None].to(device).unbind(3)               # (B, 2, 1) each
                 points = low + (high - low) * unit
+            points = points.transpose(0, 1)                                     # (2, B, P)
             edge = points.new_full((2, len(some)), 3 if gaussian else 1.5)
             hits = rasterize(points, args.canvas, -edge, edge, clip=True)
             images.append(hits if args.texture == "point" else dilate(hits))
@@ -1298,21 +1291,14 @@ def learning_rate(step, steps, warmup, peak):
 
 
 def pick_precision(device):
-    """bf16 where it pays: CUDA GPUs that have it, CPUs whose bf16 product is measurably faster."""
+    """bf16 where the processor multiplies it, else fp32: the same for every run on a machine."""
     if device.type == "cuda":
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
-    if device.type != "cpu" or "WORLD_SIZE" in os.environ:          # processes must agree
-        return "fp32"
-    seconds = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        a, b = torch.randn(4096, 96, dtype=dtype), torch.randn(96, 384, dtype=dtype)
-        times = []
-        for _ in range(5):
-            start = time.perf_counter()
-            a @ b
-            times.append(time.perf_counter() - start)
-        seconds[dtype] = min(times)
-    return "bf16" if seconds[torch.bfloat16] < 0.67 * seconds[torch.float32] else "fp32"
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        fast = device.type == "cpu" and any(
+            getattr(torch.cpu, name, bool)()                        # torch names them privately
+            for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
+    return "bf16" if fast else "fp32"
 
 
 def autocast(device, precision):
@@ -2188,7 +2174,7 @@ def make_parser():
         group.add_argument("--fractal-seed", type=whole(0, 2 ** 63 - 1), default=32,
                            help="which fractal, contour, cloud or data base")
         group.add_argument("--num-maps", type=whole(2), default=2, help="N of Eq. 1")
-        group.add_argument("--canvas", type=whole(16), help="pixels a side that are drawn")
+        group.add_argument("--canvas", type=whole(16, 4096), help="pixels a side that are drawn")
         group.add_argument("--points", type=whole(1), help="points of the chaos game an image")
         group.add_argument("--texture", choices=("random", "fill", "point"), help="of each point")
 

@@ -98,24 +98,28 @@ def test_renderer_hits_the_pixels_of_a_plain_loop(num_maps, seed):
     maps = torch.stack([op.sample_ifs(num_maps, 1.6 * num_maps, seeded(seed + 10 * k))
                         for k in range(3)])
     images = op.render_ifs(maps, 128, 5000, "point", seeded(7), torch.ones(num_maps))
-    draws = torch.rand(op.BURN_IN + op.ORBIT, 50, generator=seeded(7), dtype=torch.float64)
-    sequence = op.map_sequence(torch.ones(num_maps), draws)
+    j, starts = op.map_table(torch.ones(num_maps), 5000, seeded(7))
+    sequence = torch.stack([j[start:start + 50] for start in starts])
     for image, system in zip(images, maps):
         wrong = (image.numpy() > 0) != plain_loop_hits(system, sequence, 128)
         # float32 against float64 moves a point across a pixel's border now and then
         assert wrong.sum() <= 0.01 * (image > 0).sum()
 
 
-def test_map_sequence_draws_from_the_probabilities_independently():
+def test_orbits_read_maps_by_their_probabilities_and_independently():
     probs = torch.tensor([0.1, 0.6, 0.3])
-    draws = torch.rand(op.BURN_IN + op.ORBIT, 1000, generator=seeded(1), dtype=torch.float64)
-    sequence = op.map_sequence(probs, draws)
-    assert sequence.shape == draws.shape
-    share = torch.bincount(sequence.flatten()) / sequence.numel()
-    assert (share - probs).abs().max() < 0.005
+    j, starts = op.map_table(probs, 5_000_000, seeded(1))
+    assert len(j) == 50_000 + op.PLACES and len(starts) == op.BURN_IN + op.ORBIT
+    assert min(starts) < 50 and max(starts) > op.PLACES - 50
+    assert (torch.bincount(j) / len(j) - probs).abs().max() < 2 / len(j)
+    sequence = torch.stack([j[start:start + 50_000] for start in starts])
     for after, before in ((sequence[1:], sequence[:-1]), (sequence[:, 1:], sequence[:, :-1])):
         pairs = torch.bincount((3 * before + after).flatten()) / after.numel()
         assert (pairs - torch.outer(probs, probs).flatten()).abs().max() < 0.005
+    drawn = torch.multinomial(probs, 14 * 50_000, True, generator=seeded(2)).view(14, 50_000)
+    ours, independent = (len((maps.T @ 3 ** torch.arange(14)).unique())     # different last 14 maps
+                         for maps in (sequence[-14:], drawn))
+    assert abs(ours - independent) < 0.02 * independent
 
 
 def test_sierpinski_triangle_has_its_box_counting_dimension():
@@ -155,7 +159,7 @@ def test_texture_has_the_statistics_of_stamping_one_by_one():
     lit = np.array(lit)
     covered = op.dilate(torch.from_numpy(hits[None].astype(np.uint8)))
     filled = covered[0].numpy() > 0
-    images = torch.cat([op.stamp(covered, "random", seeded(s)) for s in range(8)]).numpy() > 0
+    images = torch.cat([op.stamp(covered.clone(), "random", seeded(s)) for s in range(8)]).numpy() > 0
     assert not lit[:, ~filled].any() and lit.any(0)[filled].mean() > 0.98 and not images[:, ~filled].any()
     assert ((op.render_ifs(maps, size, points, "fill", seeded(5))[0] > 0).numpy() == filled).all()
     # by chance 4 standard errors of the share of lit pixels, and of equal neighbours
@@ -186,7 +190,7 @@ def test_images_do_not_depend_on_the_group_they_are_rendered_in(monkeypatch):
     maps = op.perturb(op.base_ifs(2, 3.5, 32), 0.1, 7, seeded(0))
     probs = torch.ones(2)
     together = op.ifs_coverage(maps, 64, 2000, "fill", probs, seeded(3))
-    monkeypatch.setattr(op, "POINTS_IN_FLIGHT", 4000)
+    monkeypatch.setattr(op, "IN_FLIGHT", {"cpu": (30_000, 12_000)})        # groups of 2, then of 1
     assert (op.ifs_coverage(maps, 64, 2000, "fill", probs, seeded(3)) == together).all()
 
 
@@ -306,15 +310,15 @@ def test_noise_clouds_have_the_moments_of_their_theta():
     source = opened("--source", "gaussian", "--texture", "point", "--L", 3, "--delta", 1.0, "--canvas", 512)
     theta = source.theta["base"] + source.theta["eps"]
     generator = seeded(32)
-    z = torch.randn((op.ORBIT, 2, 20, 1), generator=generator)[..., 0].double()
+    z = torch.randn(2, 2000, generator=generator).double()
     for image, some in zip(source.images, theta.double()):
         covariance = (some[:, 1:] + some[:, 1:].T) / 2
         value, vector = np.linalg.eigh(covariance.numpy())
         root = torch.tensor(vector @ np.diag(np.sqrt(value)) @ vector.T)
-        points = torch.einsum("ij,tjk->tik", root, z) + some[:, 0, None]
-        pixel = (points * torch.tensor([1, -1.])[:, None] + 3) / 6 * (512 - 1 - 12) + 6.5
-        inside = (points.abs() <= 3).all(1)
-        cells = {(int(y), int(x)) for (x, y) in pixel.permute(0, 2, 1)[inside].tolist()}
+        points = root @ z + some[:, 0, None]
+        pixel = (points * torch.tensor([[1], [-1]]) + 3) / 6 * (512 - 1 - 12) + 6.5
+        inside = (points.abs() <= 3).all(0)
+        cells = {(int(y), int(x)) for x, y in pixel.T[inside].tolist()}
         lit = {tuple(c) for c in image.nonzero().tolist()}
         assert len(cells ^ lit) <= 0.01 * len(cells)            # float32 against float64
     source = opened("--source", "uniform", "--L", 4, "--delta", 0.5, "--texture", "point", "--canvas", 512)
@@ -818,7 +822,7 @@ def run(*arguments, cwd=None):
 def pretrained(tmp_path_factory):
     """A short real pre-training, run as a user runs it."""
     out = tmp_path_factory.mktemp("runs") / "pretrain"
-    done = run("pretrain", "--delta", 0.1, "--sigma", 3.5, "--L", 8, "--steps", 120, "--batch-size", 64,
+    done = run("pretrain", "--delta", 0.1, "--sigma", 3.5, "--L", 8, "--steps", 160, "--batch-size", 64,
                "--canvas", 32, "--points", 2000, "--warmup", 0.1, "--log-every", 20, *TINY, "--out", out)
     assert done.returncode == 0, done.stderr
     return out, done.stdout
@@ -826,9 +830,9 @@ def pretrained(tmp_path_factory):
 
 def test_pretraining_learns_and_its_folder_explains_itself(pretrained):
     out, printed = pretrained
-    assert "images/s" in printed and "left" in printed and "0.001" in printed and "120 steps of 64" in printed
+    assert "images/s" in printed and "left" in printed and "0.001" in printed and "160 steps of 64" in printed
     log = [json.loads(line) for line in open(out / "log.jsonl")]
-    assert log[-1]["loss"] < 0.75 * math.log(8) and log[-1]["images"] == 120 * 64
+    assert log[-1]["loss"] < 0.75 * math.log(8) and log[-1]["images"] == 160 * 64
     args = json.loads((out / "args.json").read_text())
     assert args["delta"] == 0.1 and args["L"] == 8 and args["lr"] == 1e-3
     fractal = json.loads((out / "theta.json").read_text())
@@ -837,7 +841,7 @@ def test_pretraining_learns_and_its_folder_explains_itself(pretrained):
     assert eps.shape == (8, 2, 2, 3) and eps.abs().max() <= 0.05 + 1e-6
     assert Image.open(out / "samples.png").size[0] > 100 and Image.open(out / "curve.png").size[0] > 100
     saved = torch.load(out / "last.pt", weights_only=True)
-    assert saved["step"] == 120 and saved["model"]["head.weight"].shape[0] == 8
+    assert saved["step"] == 160 and saved["model"]["head.weight"].shape[0] == 8
 
 
 def test_finetuning_from_a_checkpoint(pretrained, image_folder, tmp_path):
@@ -1122,7 +1126,7 @@ def test_probe_classifies_colours_and_leaves_a_record(classifier, pretrained, im
     assert [r["layer"] for r in records] == [1, 2] and [r["settings"]["layers"] for r in records] == [[1], [2]]
     for r in records:
         assert r["test_top1"] >= 70 and r["command"] == "probe" and r["pretrain"]["L"] == 8
-        assert ("decay" in r) == (classifier == "lbfgs") and r["images"] > 120 * 64
+        assert ("decay" in r) == (classifier == "lbfgs") and r["images"] > 160 * 64
         assert not {"out", "root", "ckpt", "record"} & (set(r["settings"]) | set(r["pretrain"]))
     assert (tmp_path / "p" / "layer2" / "args.json").exists()
 
