@@ -1119,7 +1119,7 @@ def test_logistic_regression_reaches_the_optimum():
 @pytest.mark.parametrize("classifier", ["sgd", "lbfgs"])
 def test_probe_classifies_colours_and_leaves_a_record(classifier, pretrained, image_folder, tmp_path):
     done = run("probe", "--ckpt", pretrained[0] / "last.pt", "--data", "folder", "--root", image_folder,
-               "--layers", 1, 2, "--classifier", classifier, "--epochs", 20, "--batch-size", 16, "--workers",
+               "--layers", 1, 2, "--classifier", classifier, "--epochs", 40, "--batch-size", 16, "--workers",
                0, *TINY, "--out", tmp_path / "p", "--record", tmp_path / "runs.jsonl")
     assert done.returncode == 0, done.stderr
     records = [json.loads(line) for line in open(tmp_path / "runs.jsonl")]
