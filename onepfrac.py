@@ -23,6 +23,7 @@ nothing from one another, so each can be copied.
 """
 import argparse
 import contextlib
+import ctypes
 import functools
 import json
 import math
@@ -158,7 +159,7 @@ PLACES = 1024    # in the table, where a step may begin to read
 GREY = 127       # colour of a stamp
 # What is drawn at once: numbers of the orbits, and then points and pixels of the rasters. On a CPU
 # a raster should fit its cache, and a step of the orbits be worth starting two threads.
-IN_FLIGHT = {"cpu": (14_000_000, 3_000_000), "cuda": (70_000_000, 100_000_000)}
+IN_FLIGHT = {"cpu": (28_000_000, 3_000_000), "cuda": (70_000_000, 100_000_000)}
 
 
 def map_table(probs, points, generator=None):
@@ -415,8 +416,8 @@ class Drawn:
 
     def batches(self, index_lists):
         for i in index_lists:
-            images = self.images[i.to(self.labels.device)] if self.stored else self.draw(i)
-            yield images, self.labels[i.to(self.labels.device)]
+            at = i.to(self.labels.device)
+            yield self.images.index_select(0, at) if self.stored else self.draw(i), self.labels[at]
 
 
 def fractaldb_maps(C, seed, min_fill=0.2):
@@ -727,9 +728,13 @@ def resample_matrix(start, length, size_in, size_out, flip):
     centre = torch.where(flip[:, None], centre.flip(1), centre)     # (B, out)
     pixel = torch.arange(size_in, device=start.device) + 0.5
     d = (pixel - centre[..., None]).mul_(1 / scale.clamp(min=1)[..., None]).abs_()  # (B, out, in)
-    # With u = max(2 - d, 0) and v = max(1 - d, 0) the kernel's two pieces are one polynomial.
-    u, v = (2 - d).clamp_(min=0), (1 - d).clamp_(min=0)
-    weight = (u - 1).mul_(u).mul_(u).mul_(0.5).add_((1 - 2 * v).mul_(v).mul_(v))
+    # With u = max(2 - d, 0) and v = max(u - 1, 0) the kernel's two pieces are one polynomial:
+    # u^2 (u - 1) / 2 + v^2 (1 - 2 v).
+    u = (2 - d).clamp_(min=0)
+    outer = u - 1
+    v = outer.clamp(min=0)
+    square = v * v
+    weight = torch.addcmul(square, square, v, value=-2).add_(outer.mul_(u).mul_(u), alpha=0.5)
     weight *= (pixel > start[:, None, None]) & (pixel < (start + length)[:, None, None])
     return weight.div_(weight.sum(2, keepdim=True))
 
@@ -769,13 +774,12 @@ def apply_tables(x, op, level):
     i = torch.arange(256., device=x.device).expand(B * C, 256)
     op, level = (t.repeat_interleave(C)[:, None] for t in (op, level))          # (B * C, 1)
 
-    seen = histogram > 0
-    low = seen.float().argmax(1, keepdim=True)                      # darkest and brightest values
-    high = 255 - seen.flip(1).float().argmax(1, keepdim=True)
+    low, high = (m.view(B * C, 1) for m in (x.amin((2, 3)), x.amax((2, 3))))
     stretch = 255 / (high - low).clamp(min=1)
     autocontrast = torch.where(high > low, (i * stretch - low * stretch).clamp(0, 255).floor(), i)
 
-    step = ((H * W - histogram.gather(1, high)) / 255).floor()      # Pillow's integer equalisation
+    brightest = histogram.gather(1, high.long())
+    step = ((H * W - brightest) / 255).floor()                      # Pillow's integer equalisation
     below = histogram.cumsum(1) - histogram
     equalize = ((step / 2).floor() + below) / step.clamp(min=1)
     equalize = torch.where(step > 0, equalize.floor().clamp(0, 255), i)
@@ -804,7 +808,9 @@ def blend(x, op, factor):
     grey = to_grey(x)
     smooth = x.clone()                                              # [[1,1,1],[1,5,1],[1,1,1]] / 13
     inner = x[..., 1:-1, 1:-1]
-    smooth[..., 1:-1, 1:-1] = ((9 * F.avg_pool2d(x, 3, 1) + 4 * inner) / 13 + 0.5).floor()
+    rows = x[..., :-2, :] + x[..., 1:-1, :] + x[..., 2:, :]
+    ring = rows[..., :-2] + rows[..., 1:-1] + rows[..., 2:]
+    smooth[..., 1:-1, 1:-1] = ((ring + 4 * inner) / 13 + 0.5).floor()
     mean = (grey.mean((2, 3), keepdim=True) + 0.5).floor()
     op, factor = op.view(-1, 1, 1, 1), factor.view(-1, 1, 1, 1)
     degenerate = torch.where(op == 1, grey, torch.where(op == 2, mean, 0 * mean)).expand_as(x)
@@ -824,8 +830,11 @@ def apply_affine(x, op, level, fill=128):
     theta = torch.stack((one, zero, zero, zero, one, zero), 1)
     for k, name in enumerate(AFFINE_OPS):
         theta = torch.where((op == k)[:, None], torch.stack(rows[name], 1), theta)
-    grid = F.affine_grid(theta.view(-1, 2, 3), x.shape, align_corners=False)
-    return (F.grid_sample(x - fill, grid, align_corners=False) + fill + 0.5).floor()
+    row, column = ((torch.arange(n, device=x.device) + 0.5) * (2 / n) - 1 for n in x.shape[2:])
+    theta = theta.view(-1, 2, 3, 1, 1)
+    grid = theta[:, :, 0] * column + (theta[:, :, 1] * row[:, None] + theta[:, :, 2])
+    x = F.grid_sample(x - fill, grid.permute(0, 2, 3, 1), align_corners=False)  # (B, H, W, 2)
+    return (x + fill + 0.5).floor()
 
 
 def apply_op(x, op, magnitude, sign):
@@ -1234,7 +1243,8 @@ class Images(torch.utils.data.Dataset):
         """For each tensor of indices: images uint8 (B, 3, side, side) and labels (B,)."""
         if self.on_device:
             for i in index_lists:
-                yield self.images[i.to(self.device)], self.labels[i.to(self.device)]
+                at = i.to(self.device)
+                yield self.images.index_select(0, at), self.labels[at]
             return
         loader = torch.utils.data.DataLoader(
             self, batch_sampler=index_lists, num_workers=self.workers,
@@ -1279,7 +1289,7 @@ def make_optimizer(model, name, lr, weight_decay):
             continue
         groups[p.ndim <= 1 or key in ("cls_token", "pos_embed")]["params"].append(p)
     if name == "sgd":
-        return torch.optim.SGD(groups, lr, momentum=0.9, nesterov=True)
+        return torch.optim.SGD(groups, lr, momentum=0.9, nesterov=True, fused=True)
     return torch.optim.AdamW(groups, lr, betas=(0.9, 0.999), fused=True)
 
 
@@ -1395,6 +1405,19 @@ def join_team(device):
     return Team(device, rank, world)
 
 
+def train_step(network, optimizer, x, target, args):
+    """One step on images (B, 3, S, S) and soft targets (B, C) -> loss, logits (B, C)."""
+    with autocast(x.device, args.precision):
+        logits = network(x)
+    loss = lpce_loss(logits.float(), target)
+    loss.backward()
+    if args.clip_grad:
+        nn.utils.clip_grad_norm_(network.parameters(), args.clip_grad)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return loss.detach(), logits.detach()
+
+
 def train(args, team, model, batches, augment, steps, checkpoint=None, test=None, test_every=1):
     """Train to `steps`, from the checkpoint's step on, logging and saving into args.out.
 
@@ -1434,17 +1457,9 @@ def train(args, team, model, batches, augment, steps, checkpoint=None, test=None
         lr = learning_rate(step, steps, round(args.warmup * steps), args.lr)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        with autocast(team.device, args.precision):
-            logits = network(x)
-        loss = lpce_loss(logits.float(), target)
-        loss.backward()
-        if args.clip_grad:
-            nn.utils.clip_grad_norm_(model.parameters(), args.clip_grad)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        with torch.no_grad():
-            right = (logits.argmax(1) == target.argmax(1)).float().sum()
-            total += torch.stack([loss.detach() * len(x), right])
+        loss, logits = train_step(network, optimizer, x, target, args)
+        right = (logits.argmax(1) == target.argmax(1)).float().sum()
+        total += torch.stack([loss * len(x), right])
         seen += len(x)
 
         done = step + 1
@@ -1631,10 +1646,9 @@ def add_record(args, last, **more):
         commit = git("describe", "--always") + git("diff", "--quiet", "HEAD", "--", "onepfrac.py")
     except OSError:                                                 # there is no git
         commit = None
-    processor = torch.cuda.get_device_name() if args.device == "cuda" else platform.machine()
     record = dict(command=args.command, recipe=args.recipe, seed=args.seed, **more, **measured,
                   commit=commit, pretrain=pretraining, settings=settings,
-                  device=f"{args.device} ({processor}, {torch.get_num_threads()} threads)")
+                  device=device_name(args.device))
     with open(args.record, "a") as file:
         file.write(json.dumps(record) + "\n")
 
@@ -1884,23 +1898,103 @@ def show(args, team):
         (label, source(L=16, **SHEET[label])[:8]) for label in SHEET])
 
 
+def device_name(device):
+    processor = torch.cuda.get_device_name() if device == "cuda" else platform.machine()
+    return f"{device} ({processor}, {torch.get_num_threads()} threads)"
+
+
 def bench(args, team):
-    """How fast every source is drawn, and how fast it pre-trains, in images/s."""
-    print(f"{'source':20}{'drawn/s':>10}{'trained/s':>11}{'of 1p-frac':>12}")
-    rates, args.steps = {}, args.steps + args.steps % 2
+    """Speed beside what this machine can do, all measured in one run: the renderer, augmentation,
+    the training step, whole pre-training, and pre-training on every source."""
+    import resource
+    from torch.utils.flop_counter import FlopCounterMode
+    device, S, cuda = team.device, args.canvas, team.device.type == "cuda"
+    args.steps += args.steps % 2
     args.log_every = args.steps // 2                                # the second half counts
-    with tempfile.TemporaryDirectory() as folder:
-        for label, flags in SHEET.items():
-            run = argparse.Namespace(**vars(args) | flags | dict(out=f"{folder}/{len(rates)}"))
-            source = SOURCES[run.source](run, team.device)
-            some, began = torch.arange(min(len(source), 64)), time.perf_counter()
-            source.draw(some).sum().item()                          # a GPU is done by then
-            drawn = len(some) / (time.perf_counter() - began)
+    result = dict(recipe=args.recipe, device=device_name(args.device), torch=torch.__version__)
+
+    def say(*columns):
+        if not args.json:
+            print("".join(f"{c:<40}" if isinstance(c, str) else f"{c:12.2f}" if c < 10 else
+                          f"{c:12.0f}" for c in columns), flush=True)
+
+    def rate(function, work):                                       # a second, the median of 1 s
+        function()
+        seconds = []
+        while sum(seconds) < 1:
+            began = time.perf_counter()
+            function()
+            if cuda:
+                torch.cuda.synchronize()
+            seconds.append(time.perf_counter() - began)
+        return work / sorted(seconds)[len(seconds) // 2]
+
+    def row(key, name, speed, limit, of):
+        result[key] = dict(images_per_s=round(speed, 1), share=round(speed / limit, 3))
+        say(name, speed, speed / limit, f"  of {of}")
+
+    def whole(**flags):
+        with tempfile.TemporaryDirectory() as folder:
             with open(os.devnull, "w") as quiet, contextlib.redirect_stdout(quiet):
-                pretrain(run, team)
-            rates[label] = read_log(Path(run.out))[-1]["images_per_s"]
-            print(f"{label:20}{drawn:10.0f}{rates[label]:11.0f}"
-                  f"{rates[label] / rates['1p-frac']:12.2f}", flush=True)
+                pretrain(argparse.Namespace(**vars(args) | flags | dict(out=folder)), team)
+            return read_log(Path(folder))[-1]["images_per_s"]
+
+    whole()                                                         # warms up
+    peak = torch.cuda.max_memory_allocated() if cuda else (
+        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+    data = torch.ones(2, 2 ** 28, dtype=torch.uint8, device=device)
+    copy = rate(lambda: data[0].copy_(data[1]), data.numel())
+    dtype = torch.bfloat16 if args.precision == "bf16" else torch.float32
+    square = torch.randn(2, *2 * [8192 if cuda else 2048], device=device).to(dtype)
+    product = rate(lambda: square[0] @ square[1], 2 * square.shape[1] ** 3)
+    del data, square
+    result |= dict(peak_gb=peak / 1e9, copy_gb_per_s=copy / 1e9, product_tflop_per_s=product / 1e12)
+    say(f"limits: copy {copy / 1e9:.0f} GB/s, {args.precision} product {product / 1e12:.2f} TFLOP/s; "
+        f"peak memory of pre-training {peak / 1e9:.2f} GB\n")
+    say(f"{'':40}    images/s       share")
+
+    base = base_ifs(args.num_maps, args.sigma, args.fractal_seed)
+    maps = perturb(base, args.delta, 1000, torch.Generator().manual_seed(0)).to(device)
+    probs = base[:, :, :2].det().abs()
+    row("render", "render 512 x 512, 100,000 points",
+        rate(lambda: render_ifs(maps, 512, 100_000, "random", None, probs), len(maps)),
+        copy / (16 * 100_000 + 512 ** 2), "copying the points twice, the pixels once")
+    with contextlib.redirect_stdout(None):
+        model = make_model(args, team, args.L, args.steps, args.L)
+    augment = make_augment(args, args.L, HALF, HALF, True)
+    images = torch.full((args.batch_size, S, S), GREY, dtype=torch.uint8, device=device)
+    labels = torch.arange(args.batch_size, device=device) % args.L
+    row("augment", f"texture and augment, {S} to {args.img_size}",
+        rate(lambda: augment(textured(images, args), labels), len(images)),
+        copy / (S ** 2 + 12 * args.img_size ** 2), "reading and writing them")
+
+    optimizer = make_optimizer(model, args.optimizer, args.lr, args.weight_decay)
+    x, target = augment(images, labels)
+
+    def step():
+        train_step(model, optimizer, x, target, args)
+
+    with FlopCounterMode(display=False) as count:
+        step()
+    turns = [(rate(step, len(x)), whole()) for _ in range(3)]
+    bare, trained = (max(speeds) for speeds in zip(*turns))
+    row("step", "training step, on one fixed batch", bare, product * len(x) /
+        count.get_total_flops(), "the product")
+    row("pretrain", "pre-training, as a whole", trained, bare, "the step")
+
+    say(f"\n{'source':40}     drawn/s   trained/s     of the step")
+    result["sources"] = {}
+    for label, flags in SHEET.items():
+        run = argparse.Namespace(**vars(args) | flags)
+        source = SOURCES[run.source](run, device)
+        some, began = torch.arange(min(len(source), 64)), time.perf_counter()
+        source.draw(some).sum().item()                              # a GPU is done by then
+        drawn = len(some) / (time.perf_counter() - began)
+        trained = whole(**flags)
+        result["sources"][label] = dict(drawn_per_s=round(drawn), trained_per_s=round(trained))
+        say(label, drawn, trained, trained / bare)
+    if args.json:
+        print(json.dumps(result))
 
 
 def tables(recipe):
@@ -2214,6 +2308,7 @@ def make_parser():
         group = command.add_argument_group('Tables 13, 14: "w/ Aug.", and --source folder')
         group.add_argument("--fresh-texture", action="store_true", help="new 3x3 masks every step")
         add_reading(group)
+        return run
 
     def add_transfer(name, text):
         command, run = add(name, text)
@@ -2242,7 +2337,8 @@ def make_parser():
     add_source(command)
     add_reading(run)
     add_source(add("show", show.__doc__)[0])
-    add_pretraining("bench", bench.__doc__, steps=40)
+    run = add_pretraining("bench", bench.__doc__, steps=40)
+    run.add_argument("--json", action="store_true", help="one JSON object instead of the table")
     run = add("table", table.__doc__)[1]
     run.add_argument("names", nargs="*", metavar="NAME",
                      help=f"of {', '.join(tables('nano'))}; default: all")
@@ -2321,9 +2417,19 @@ def resolve(args):
     return torch.device(args.device)
 
 
+def keep_memory():
+    """Tell glibc to keep what is freed. Else large blocks go back to the system, and each page of
+    the next one is a fault: on two cores a tenth of a training step, a third of rendering."""
+    with contextlib.suppress(OSError, AttributeError):              # another C library
+        libc = ctypes.CDLL("libc.so.6")
+        for option, value in ((-1, 2 ** 31 - 1), (-4, 0)):          # M_TRIM_THRESHOLD, M_MMAP_MAX
+            libc.mallopt(option, value)
+
+
 def main(argv=None):
     """Run one command -> exit status."""
     args = make_parser().parse_args(argv)
+    keep_memory()
     try:
         globals()[args.command](args, join_team(resolve(args)))
     except InputError as error:     # one from a worker process comes wrapped in its traceback

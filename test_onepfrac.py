@@ -1244,12 +1244,43 @@ exit 0
     assert reproduce("table99").returncode == 2
 
 
-def test_bench_times_every_source(tmp_path):
-    done = run("bench", "--steps", 2, "--batch-size", 8, "--canvas", 32, "--points", 500, "--L", 4, *TINY,
-               "--out", tmp_path / "bench")
+def test_bench_sets_every_part_beside_a_limit(tmp_path):
+    flags = ("bench", "--steps", 2, "--batch-size", 8, "--canvas", 32, "--points", 500, "--L", 4, *TINY)
+    done = run(*flags, "--json", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    lines = [line for line in done.stdout.splitlines() if line.startswith(tuple(op.SHEET))]
-    assert len(lines) == len(op.SHEET) and all(float(line.split()[-1]) > 0 for line in lines)
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert set(result["sources"]) == set(op.SHEET)
+    assert all(speed > 0 for source in result["sources"].values() for speed in source.values())
+    for part in ("render", "augment", "step", "pretrain"):
+        assert result[part]["images_per_s"] > 0 and result[part]["share"] > 0
+    assert result["step"]["share"] < 1 and result["render"]["share"] < 1         # nothing beats its limit
+    assert 0.1 < result["peak_gb"] < 20 and not list(tmp_path.iterdir())         # and no file is left
+
+
+def test_bench_counts_the_operations_of_a_step():
+    """2 FLOPs a product, forwards and twice backwards: the sum over layers, by hand."""
+    from torch.utils.flop_counter import FlopCounterMode
+    B, N, D, classes = 2, 17, 32, 10
+    model = op.ViT(16, 4, classes, D, 3, 2)
+    x, target = torch.randn(B, 3, 16, 16), torch.full((B, classes), 0.1)
+    with FlopCounterMode(display=False) as count:
+        op.train_step(model, op.make_optimizer(model, "sgd", 0.1, 0.0), x, target,
+                      argparse.Namespace(precision="fp32", clip_grad=0.0))
+    block = N * 12 * D * D + 2 * N * N * D
+    patches, head = (N - 1) * D * 48, D * classes
+    assert count.get_total_flops() == 2 * B * (3 * 3 * block + 2 * patches + 3 * head)   # images need no gradient
+
+
+def test_images_and_loss_are_the_same_with_kept_memory(tmp_path):
+    flags = ("pretrain", "--L", 4, "--steps", 3, "--batch-size", 8, "--canvas", 32, "--points", 500, "--log-every",
+             1, *TINY)
+    assert run(*flags, "--out", tmp_path / "kept").returncode == 0
+    code = ("import sys, onepfrac as op; op.keep_memory = lambda: None; sys.exit(op.main(sys.argv[1:]))")
+    done = subprocess.run([sys.executable, "-c", code, *map(str, flags), "--out", str(tmp_path / "returned")],
+                          cwd=SCRIPT.parent, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=120)
+    assert done.returncode == 0
+    losses = [[r["loss"] for r in op.read_log(tmp_path / name)] for name in ("kept", "returned")]
+    assert losses[0] == losses[1] and len(losses[0]) == 3
 
 
 def test_import_does_nothing():

@@ -1,13 +1,24 @@
-"""Two ratios, each measured in one run, in turns, on the same cores: python results/speed.py
+"""onepfrac beside what one would use instead, each ratio measured in one run, in turns, on the same cores:
 
-1. Pre-training at `nano`, everything included, against its bare training step on a fixed batch.
-2. Rendering against a compiled loop, where numba is installed (onepfrac itself does not need it). The loop does what
-   the method's description says, point by point: choose a map, move, keep the points; find the bounding box; stamp a
-   random 3x3 mask for each point.
+    python results/speed.py [--authors FOLDER] [NAME ...]   # one line of JSON for each NAME, by default for all
+
+rendering     a compiled chaos game, point by point (numba, where it is installed), each in a process of its own
+generator     the authors' generator, one image (where --authors is the src folder of SUPER-TADORY/1p-frac's generator)
+augmentation  timm's transforms and PIL in a DataLoader over rendered PNG files (timm, where it is installed)
+step          the training step of timm's Vision Transformer, the same shapes (timm, where it is installed)
+memory        what rendering 21,000 images needs besides the images
+scaling       rendering at twice the points, images, pixels; pre-training with L = 21,000 against 1,000
+
+onepfrac needs none of them. Its own parts, and how near they come to the machine's limits, are timed by `bench`.
 """
+import argparse
 import json
+import multiprocessing
+import subprocess
 import sys
+import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +32,11 @@ try:
     compiled = numba.njit(parallel=True, fastmath=True)
 except ImportError:
     numba, compiled = None, lambda function: function
+try:
+    import timm
+    import timm.data
+except ImportError:
+    timm = None
 prange = numba.prange if numba else range
 
 
@@ -50,67 +66,189 @@ def compiled_loop(maps, cumulative, uniforms, size, margin, images):
 
 
 def take_turns(ways, rounds):
-    """Run each function in turn, `rounds` times -> {name: all seconds}."""
+    """Each function once, not counted, then all of them in turn -> {name: seconds of each round}."""
     seconds = {name: [] for name in ways}
-    for _ in range(rounds):
+    for _ in range(rounds + 1):
         for name, function in ways.items():
             start = time.perf_counter()
             function()
             seconds[name].append(round(time.perf_counter() - start, 4))
-    return seconds
+    return {name: times[1:] for name, times in seconds.items()}
 
 
-def pipeline(steps=25, rounds=5):
-    """Share of the bare step's images/s that pre-training reaches at `nano`."""
-    args = op.make_parser().parse_args(["pretrain", "--recipe", "nano", "--device", "cpu"])
-    device = op.resolve(args)
-    team = op.Team(device, 0, 1)
-    images = op.SOURCES["fractal"](args, device).images
-    model = op.make_model(args, team, args.L, args.steps, args.L)
-    augment = op.make_augment(args, args.L, op.HALF, op.HALF, True)
-    augment.generator = torch.Generator()
-    optimizer = op.make_optimizer(model, args.optimizer, args.lr, args.weight_decay)
-    x, target = augment(images[torch.arange(args.batch_size) % args.L], torch.arange(args.batch_size) % args.L)
-
-    def bare_step(x=x, target=target):
-        with op.autocast(device, args.precision):
-            logits = model(x)
-        op.lpce_loss(logits.float(), target).backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip_grad)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-
-    def whole_step(step):
-        i = op.batch_indices(args.L, args.batch_size, step, 0)
-        augment.generator.manual_seed(op.seed_for(0, step))
-        bare_step(*augment(images[i], i))
-
-    seconds = take_turns({"bare": lambda: [bare_step() for _ in range(steps)],
-                          "whole": lambda: [whole_step(s) for s in range(steps)]}, rounds + 1)
-    best = {name: min(times[1:]) for name, times in seconds.items()}
-    return dict(measured="pipeline", precision=args.precision, seconds_of_steps=seconds,
-                images_per_s={name: round(steps * args.batch_size / t) for name, t in best.items()},
-                whole_over_bare=round(best["bare"] / best["whole"], 3))
+def ratio(seconds, slow, fast):
+    return round(min(seconds[slow]) / min(seconds[fast]), 2)
 
 
-def rendering(images=1000, points=100_000, size=512, rounds=3):
+def fractals(images, delta=0.05):
     base = op.base_ifs(2, 3.5, 32)
-    probs = base[:, :, :2].det().abs()
-    maps = op.perturb(base, 0.05, images, torch.Generator().manual_seed(0))
+    return op.perturb(base, delta, images, torch.Generator().manual_seed(0)), base[:, :, :2].det().abs()
+
+
+def ours(maps, probs, points=100_000, size=512):
+    return op.render_ifs(maps, size, points, "random", torch.Generator().manual_seed(0), probs)
+
+
+def render_loop(threads, images=1000, points=100_000, size=512):
+    maps, probs = fractals(images)
     uniforms = np.random.default_rng(0).random(points, np.float32)
     cumulative = (probs / probs.sum()).cumsum(0).numpy()
     cumulative[-1] = 2
-    numba.set_num_threads(torch.get_num_threads())
-    canvas = np.zeros((images, size, size), np.uint8)
-    compiled_loop(maps[:2].numpy(), cumulative, uniforms[:100], size, 6, canvas)
-    seconds = take_turns({
-        "numba": lambda: compiled_loop(maps.numpy(), cumulative, uniforms, size, 6, canvas),
-        "onepfrac": lambda: op.render_ifs(maps, size, points, "random", torch.Generator().manual_seed(0), probs),
-    }, rounds)
-    return dict(measured="rendering", images=images, points=points, size=size, numba=numba.__version__,
-                seconds=seconds, numba_over_onepfrac=round(min(seconds["numba"]) / min(seconds["onepfrac"]), 2))
+    numba.set_num_threads(threads)
+    op.keep_memory()
+    start = time.perf_counter()
+    compiled_loop(maps.numpy(), cumulative, uniforms, size, 6, np.zeros((images, size, size), np.uint8))
+    return time.perf_counter() - start
+
+
+def render_ours(threads, images=1000):
+    maps, probs = fractals(images)
+    torch.set_num_threads(threads)
+    op.keep_memory()
+    start = time.perf_counter()
+    ours(maps, probs)
+    return time.perf_counter() - start
+
+
+def rendering(args, rounds=7):
+    """1,000 images of 512, 100,000 points. Two libraries' threads in one process would hinder each other."""
+    if not numba:
+        return dict(skipped="numba is not installed")
+    result = dict(numba=numba.__version__)
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, spawn) as one, ProcessPoolExecutor(1, spawn) as other:
+        for n in sorted({1, torch.get_num_threads()}):
+            turns = [(one.submit(render_loop, n).result(), other.submit(render_ours, n).result())
+                     for _ in range(rounds + 1)][1:]                # the first compiles
+            loop, batched = (sorted(round(t, 3) for t in times) for times in zip(*turns))
+            result[f"{n} threads"] = dict(numba=loop, onepfrac=batched, numba_over_onepfrac=round(
+                loop[rounds // 2] / batched[rounds // 2], 2))
+    return result
+
+
+def generator(args):
+    if not args.authors:
+        return dict(skipped="--authors FOLDER was not given")
+    sys.path.insert(0, args.authors)
+    from ifs_function import ifs_function
+    maps, probs = fractals(1, 0.0)
+    numbers = torch.cat([maps[0, :, :, :2].flatten(1), maps[0, :, :, 2], (probs / probs.sum()).view(-1, 1)], 1)
+
+    def theirs():
+        drawing = ifs_function(0.0, 0.0, "", "", "")
+        for map_numbers in numbers.tolist():
+            drawing.set_param(*map_numbers)
+        drawing.calculate(100_000)
+        assert drawing.draw_patch(512, 512, 6, 6, "gray", 0, 0.05, imgsave=False)
+
+    many = fractals(200)[0]
+    seconds = take_turns({"authors": theirs, "one": lambda: ours(maps, probs), "200": lambda: ours(many, probs)}, 3)
+    return dict(seconds=seconds, alone=ratio(seconds, "authors", "one"),
+                one_of_many=round(200 * min(seconds["authors"]) / min(seconds["200"]), 1))
+
+
+def augmentation(args, images=2048):
+    """nano's sizes, every switch on: 128 to 32 pixels, crop, flips, RandAugment, erasing; ours stamps a new texture.
+
+    (Without RandAugment's mstd0.5: newer versions of PIL refuse the 0 bits that timm's posterize then asks for.)
+    """
+    if not timm:
+        return dict(skipped="timm is not installed")
+    from PIL import Image
+    from torchvision.datasets import ImageFolder
+    maps, probs = fractals(64)
+    coverage = op.ifs_coverage(maps, 128, 20_000, "fill", probs)
+    i = torch.arange(images) % len(maps)
+    augment = op.Augment(32, len(maps), mixup=0, cutmix=0, generator=torch.Generator().manual_seed(0))
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder, "0").mkdir()
+        for k, image in enumerate(op.stamp(coverage[i].clone(), "random")):
+            Image.fromarray(image.numpy()).convert("RGB").save(f"{folder}/0/{k}.png")
+        transform = timm.data.create_transform(
+            32, is_training=True, auto_augment="rand-m9-inc1", color_jitter=0.4, re_prob=0.5, re_mode="pixel",
+            hflip=0.5, vflip=0.5, interpolation="bicubic", mean=op.HALF, std=op.HALF)
+        loader = torch.utils.data.DataLoader(ImageFolder(folder, transform), 64, shuffle=True, drop_last=True,
+                                             num_workers=torch.get_num_threads(), persistent_workers=True)
+
+        def device():
+            for batch in i.split(64):
+                augment(op.stamp(coverage.index_select(0, batch), "random"), batch)
+
+        seconds = take_turns({"timm": lambda: [None for _ in loader], "onepfrac": device}, 3)
+    return dict(timm=timm.__version__, images=images, workers=torch.get_num_threads(), seconds=seconds,
+                images_per_s={name: round(images / min(times)) for name, times in seconds.items()},
+                onepfrac_over_timm=ratio(seconds, "timm", "onepfrac"))
+
+
+def step(args):
+    if not timm:
+        return dict(skipped="timm is not installed")
+    result = dict(timm=timm.__version__)
+    for model, size, patch, batch in (("vit_nano", 32, 4, 64), ("vit_tiny", 32, 4, 32), ("vit_tiny", 224, 16, 16)):
+        for precision in ("bf16", "fp32"):
+            dim, depth, heads = op.MODELS[model]
+            shapes = dict(img_size=size, patch_size=patch, num_classes=1000)
+            settings = argparse.Namespace(precision=precision, clip_grad=0)
+            x, target = torch.randn(batch, 3, size, size), torch.full((batch, 1000), 1e-3)
+
+            def steps(network):
+                optimizer = op.make_optimizer(network, "adamw", 1e-3, 0.05)
+                return lambda: [op.train_step(network, optimizer, x, target, settings) for _ in range(5)]
+
+            seconds = take_turns({
+                "timm": steps(timm.models.VisionTransformer(embed_dim=dim, depth=depth, num_heads=heads, **shapes)),
+                "onepfrac": steps(op.ViT(dim=dim, depth=depth, heads=heads, **shapes))}, 5)
+            result[f"{model} at {size}/{patch}, batch {batch}, {precision}"] = dict(
+                seconds=seconds, onepfrac_over_timm=ratio(seconds, "timm", "onepfrac"))
+    return result
+
+
+def memory(args, images=21_000):
+    """The largest memory a process of its own had, less that of the same process with one image."""
+    program = ("import resource, sys; sys.argv[1:] = []; sys.path.insert(0, {0!r}); import speed; "
+               "maps, probs = speed.fractals({1}); speed.ours(maps, probs, {2}, {3}); "
+               "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)")
+
+    def peak(*sizes):
+        command = [sys.executable, "-c", program.format(str(Path(__file__).parent), *sizes)]
+        return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+
+    result = {}
+    for size, points in ((512, 100_000), (128, 20_000)):
+        above = peak(images, points, size) - images * size ** 2 - peak(1, points, size)
+        result[f"{images} images of {size}, {points} points"] = dict(
+            images_gib=round(images * size ** 2 / 2 ** 30, 2), above_gib=round(above / 2 ** 30, 2))
+    return result
+
+
+def scaling(args):
+    maps, probs = fractals(400)
+    sizes = {"base": (200, 100_000, 512), "twice the points": (200, 200_000, 512),
+             "twice the images": (400, 100_000, 512), "twice the pixels": (200, 100_000, 724)}
+    seconds = take_turns({name: lambda n=n, p=points, s=size: ours(maps[:n], probs, p, s)
+                          for name, (n, points, size) in sizes.items()}, 5)
+    rates = {"1000": [], "21000": []}
+    for _ in range(3):
+        for L, found in rates.items():
+            with tempfile.TemporaryDirectory() as folder:
+                command = [sys.executable, op.__file__, "pretrain", "--recipe", "nano", "--device", "cpu", "--L", L,
+                           "--steps", "100", "--log-every", "50", "--out", folder]
+                subprocess.run(command, capture_output=True, check=True)
+                found.append(op.read_log(Path(folder))[-1]["images_per_s"])
+    return dict(seconds=seconds, times={name: ratio(seconds, name, "base") for name in sizes},
+                pretraining_images_per_s_by_L=rates, L_21000_over_1000=round(max(rates["21000"]) / max(rates["1000"]), 3))
 
 
 if __name__ == "__main__":
-    for measure in (pipeline, *((rendering,) if numba else ())):
-        print(json.dumps(dict(measure(), threads=torch.get_num_threads(), torch=torch.__version__)))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    every = dict(rendering=rendering, generator=generator, augmentation=augmentation, step=step, memory=memory,
+                 scaling=scaling)
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(every)}")
+    parser.add_argument("--authors", metavar="FOLDER")
+    args = parser.parse_args()
+    op.keep_memory()
+    for name in args.names or every:
+        if name not in every:
+            parser.error(f"NAME {name}: there is {', '.join(every)}")
+        print(json.dumps(dict(measured=name, threads=torch.get_num_threads(), torch=torch.__version__) |
+                         every[name](args)), flush=True)
