@@ -25,6 +25,7 @@ import argparse
 import contextlib
 import ctypes
 import functools
+import importlib.util
 import json
 import math
 import os
@@ -884,8 +885,9 @@ class Augment:
             x.new_tensor(self.std).view(3, 1, 1) * 255)
         if self.erase:
             x = self.random_erase(x)
-        target = F.one_hot(labels, self.num_classes).to(x.dtype)
-        target = target * (1 - self.smoothing) + self.smoothing / self.num_classes
+        rest = self.smoothing / self.num_classes
+        target = x.new_full((len(x), self.num_classes), rest)
+        target.scatter_(1, labels[:, None], 1 - self.smoothing + rest)
         if self.mixup or self.cutmix:
             x, target = self.mix(x, target)
         return x, target
@@ -1409,7 +1411,8 @@ def train_step(network, optimizer, x, target, args):
     """One step on images (B, 3, S, S) and soft targets (B, C) -> loss, logits (B, C)."""
     with autocast(x.device, args.precision):
         logits = network(x)
-    loss = lpce_loss(logits.float(), target)
+    logits = logits.float()
+    loss = lpce_loss(logits, target)
     loss.backward()
     if args.clip_grad:
         nn.utils.clip_grad_norm_(network.parameters(), args.clip_grad)
@@ -1564,6 +1567,8 @@ def make_model(args, team, num_classes, steps, images):
               f"{images} images, {steps} steps of {args.batch_size} (global), {args.optimizer}, "
               f"peak lr {args.lr:g}, warm-up {round(args.warmup * steps)} steps, weight decay "
               f"{args.weight_decay:g}; run folder {args.out}", flush=True)
+    if team.device.type == "cuda" and importlib.util.find_spec("triton"):
+        model.compile()     # half a minute at its first step; a CPU would gain less than it waits
     return model.to(team.device)
 
 
