@@ -26,14 +26,17 @@ import contextlib
 import ctypes
 import functools
 import importlib.util
+import io
 import json
 import math
 import os
 import platform
+import signal
 import subprocess
 import sys
 import tempfile
 import time
+import warnings
 import zlib
 from pathlib import Path
 from typing import NamedTuple
@@ -93,6 +96,10 @@ class InputError(Exception):
     """A mistake in the input. main() prints its one line and exits with status 2."""
 
 
+class Stopped(Exception):
+    """A signal ended a run whose state is saved. Arguments: the line to print, the signal."""
+
+
 # ==================================================================================================
 # 1 · IFS and sigma-factor (Eq. 1-2)
 #
@@ -148,10 +155,10 @@ def sample_ifs(num_maps, sigma, generator=None):
 #
 # v_{t+1} = w_j(v_t) from v_0 = (0, 0), the map j drawn anew each step with p_j proportional to
 # |det A_j| (the paper calls the drawn index sigma_t, which is not the sigma-factor).
-# One orbit is a long chain of tiny steps, so here a thousand short orbits of every image run side by
-# side. All images share the sequence of maps, and it is read, not drawn: from a table of random maps
-# each orbit takes the entry beside its neighbour's, at each step from another random place on. So
-# what a step needs is one slice of the table, a view, and the step is four products.
+# One orbit is a long chain of tiny steps, so here a thousand short orbits of every image run side
+# by side. All images share the sequence of maps, and it is read, not drawn: from a table of random
+# maps each orbit takes the entry beside its neighbour's, at each step from another random place on.
+# So what a step needs is one slice of the table, a view, and the step is four products.
 # ==================================================================================================
 
 ORBIT = 100      # plotted steps of each orbit
@@ -300,8 +307,8 @@ def render_ifs(maps, size=512, points=100_000, texture="random", generator=None,
     if maps.ndim != 4 or maps.shape[2:] != (2, 3) or not len(maps) or not 8 <= size <= 4096 \
             or points < 1 or (
                 probs is not None and probs.shape not in (maps.shape[:2], maps.shape[1:2])):
-        raise ValueError(f"need maps (L, N, 2, 3) with L >= 1, probs (N,) or (L, N), size from 8 to "
-                         f"4096, points >= 1; got {tuple(maps.shape)}, {probs}, {size}, {points}")
+        raise ValueError(f"need maps (L, N, 2, 3) with L >= 1, probs (N,) or (L, N), size 8 to 4096, "
+                         f"points >= 1; got {tuple(maps.shape)}, {probs}, {size}, {points}")
     if texture not in ("random", "fill", "point"):
         raise ValueError(f"texture must be random, fill or point, got {texture!r}")
     coverage = ifs_coverage(maps, size, points, texture, probs, generator)
@@ -445,8 +452,8 @@ def fractal_source(args, device):
     """1p-frac, or FractalDB and OFDB with several categories."""
     seed = seed_for(args.seed, "eps")
 
-    def cover(maps, probs):
-        return ifs_coverage(maps.to(device), args.canvas, args.points, args.texture, probs,
+    def cover(maps, probs, where=device):
+        return ifs_coverage(maps.to(where), args.canvas, args.points, args.texture, probs,
                             torch.Generator().manual_seed(seed))
 
     if args.categories == 1:
@@ -455,7 +462,7 @@ def fractal_source(args, device):
         # Random masks light half of what whole stamps cover, and 5% of the picture must be lit.
         min_fill = 0.1 if args.texture == "random" else 0.05
         maps = liep_maps(base, args.delta, args.L, args.noise, seed,
-                         lambda maps: cover(maps, probs), min_fill)
+                         lambda maps: cover(maps, probs, "cpu"), min_fill)     # as on any device
         return Drawn(torch.arange(args.L), lambda i: cover(maps[i], probs), device, dots=True,
                      sigma=sigma_factor(base).item(), base=base, eps=maps - base)
 
@@ -695,11 +702,7 @@ def image_source(args, device):
 
 def folder_source(args, device):
     """Any folder of labelled images, one folder a class, through the same loop."""
-    from torchvision.datasets import ImageFolder
-    try:
-        dataset = ImageFolder(args.root)
-    except OSError as error:
-        raise InputError(f"--root {args.root}: {str(error).splitlines()[0]}") from None
+    dataset = open_folder(args.root)
     return Images(dataset, torch.arange(len(dataset)), args.img_size, device, args.workers)
 
 
@@ -1129,6 +1132,31 @@ DATASETS = {  # name: torchvision class, arguments for training images, argument
 ON_DEVICE_BYTES = 6 * 2 ** 30    # sets up to this size live on the device: 21,000 of 512x512 do
 
 
+def read_image(path):
+    """An image file as a PIL image in RGB: 16-bit grey is scaled, bombs are not decoded."""
+    from PIL import Image
+    with warnings.catch_warnings(), Image.open(path) as image:
+        warnings.simplefilter("error", Image.DecompressionBombWarning)          # 90 million pixels
+        if image.width * image.height > Image.MAX_IMAGE_PIXELS:
+            raise ValueError("too many pixels")
+        if image.mode.startswith("I"):
+            image = image.convert("I").point(lambda value: value * (1 / 256)).convert("L")
+        return image.convert("RGB")
+
+
+def open_folder(root):
+    """torchvision's ImageFolder, one folder a class, by `read_image`."""
+    from torchvision.datasets import ImageFolder
+    for folder, folders, _ in os.walk(root, followlinks=True):
+        for link in (path for path in map(Path(folder).joinpath, folders) if path.is_symlink()):
+            if link.resolve() in {above.resolve() for above in link.parents}:
+                raise InputError(f"--root {root}: {link} links to a folder that it is in")
+    try:
+        return ImageFolder(root, loader=read_image)
+    except OSError as error:
+        raise InputError(f"--root {root}: {str(error).splitlines()[0]}") from None
+
+
 def open_datasets(name, root):
     """The training and test set of a name in DATASETS, or of "folder" -> two torchvision datasets.
 
@@ -1140,10 +1168,7 @@ def open_datasets(name, root):
         tests = [root / d for d in ("test", "val") if (root / d).is_dir()]
         if not (root / "train").is_dir() or not tests:
             raise InputError(f"--root {root}: need the folders train/ and test/ (or val/) in it")
-        try:
-            train, test = (datasets.ImageFolder(d) for d in (root / "train", tests[0]))
-        except OSError as error:
-            raise InputError(f"--root {root}: {str(error).splitlines()[0]}") from None
+        train, test = open_folder(root / "train"), open_folder(tests[0])
         if train.classes != test.classes:
             odd = sorted(set(train.classes) ^ set(test.classes))
             raise InputError(f"--root {root}: train/ and {tests[0].name}/ differ in {odd[:3]}")
@@ -1200,6 +1225,11 @@ def balanced_subset(labels, per_class=None, holdout=0.0):
     return torch.cat(train).sort().values, torch.cat(held).sort().values
 
 
+def leave_signals(worker):
+    """A worker that reads images leaves Ctrl-C to the process that trains."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
 class Images(torch.utils.data.Dataset):
     """Chosen images of a torchvision dataset, square, as batches of uint8 on the device.
 
@@ -1209,25 +1239,36 @@ class Images(torch.utils.data.Dataset):
     """
     dots, theta = False, {}                     # as a source of section 4
 
-
     def __init__(self, dataset, indices, img_size, device, workers):
         self.dataset, self.indices, self.side = dataset, indices.tolist(), img_size * 8 // 7
         self.labels, self.device, self.workers = labels_of(dataset)[indices], device, workers
-        width, height = self.read(0).size
-        if width == height and width < self.side:
-            self.side = width
+        self.side = self.read(0, small=True).shape[-1]
         self.on_device = len(indices) * 3 * self.side ** 2 <= ON_DEVICE_BYTES
         if self.on_device:
-            loader = torch.utils.data.DataLoader(self, 256, num_workers=workers)
-            self.images = torch.cat([images for images, _ in loader]).to(device)
+            batches = [images for images, _ in self.loader(batch_size=256)]
+            self.images = torch.cat(batches).to(device)
             self.labels = self.labels.to(device)
+
+    def loader(self, **how):
+        return torch.utils.data.DataLoader(
+            self, num_workers=self.workers, worker_init_fn=leave_signals,
+            pin_memory=self.device.type == "cuda", **how)
 
     def __len__(self):
         return len(self.indices)
 
-    def read(self, i):
+    def read(self, i, small=False):
+        """Image i -> uint8 (3, side, side); small: a square one of fewer pixels stays as it is."""
+        from torchvision.transforms import functional as T
         try:
-            return self.dataset[self.indices[i]][0].convert("RGB")
+            image = self.dataset[self.indices[i]][0].convert("RGB")
+            if image.size != (self.side, self.side) and not (
+                    small and image.width == image.height < self.side):
+                # what is far longer than wide is cut first, or resizing would blow it up
+                longest = 8 * min(image.size)
+                image = T.center_crop(image, [min(n, longest) for n in image.size[::-1]])
+                image = T.center_crop(T.resize(image, self.side, antialias=True), self.side)
+            return T.pil_to_tensor(image)
         except Exception as error:
             files = getattr(self.dataset, "samples", None)
             where = files[self.indices[i]][0] if files else f"image {self.indices[i]}"
@@ -1235,11 +1276,7 @@ class Images(torch.utils.data.Dataset):
                              "remove it") from None
 
     def __getitem__(self, i):
-        from torchvision.transforms import functional as T
-        image = self.read(i)
-        if image.size != (self.side, self.side):
-            image = T.center_crop(T.resize(image, self.side, antialias=True), self.side)
-        return T.pil_to_tensor(image), self.labels[i]
+        return self.read(i), self.labels[i]
 
     def batches(self, index_lists):
         """For each tensor of indices: images uint8 (B, 3, side, side) and labels (B,)."""
@@ -1248,10 +1285,7 @@ class Images(torch.utils.data.Dataset):
                 at = i.to(self.device)
                 yield self.images.index_select(0, at), self.labels[at]
             return
-        loader = torch.utils.data.DataLoader(
-            self, batch_sampler=index_lists, num_workers=self.workers,
-            pin_memory=self.device.type == "cuda")
-        for images, labels in loader:
+        for images, labels in self.loader(batch_sampler=index_lists):
             yield (images.to(self.device, non_blocking=True),
                    labels.to(self.device, non_blocking=True))
 
@@ -1318,24 +1352,34 @@ def autocast(device, precision):
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
 
 
-def save_checkpoint(path, **content):
-    """Write beside the file, flush to disk, rename: at any moment there is one whole checkpoint."""
+def replace_file(path, data):
+    """Write beside the file, flush to disk, rename: at any moment there is one whole file."""
     beside = Path(f"{path}.part")
-    with open(beside, "wb") as file:
-        torch.save(content, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(beside, path)
+    try:
+        with open(beside, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    except OSError:                                                 # a full disk
+        beside.unlink(missing_ok=True)
+        raise
+
+
+def save_checkpoint(path, **content):
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    replace_file(path, buffer.getbuffer())
 
 
 def load_checkpoint(path):
     """Read our checkpoint, the authors' {"model": ...}, timm's {"state_dict": ...} or a bare state
-    dict -> a dict with the weights under "model".
+    dict -> a dict with the weights under "model", and, if this version wrote it, "args".
 
-    Only tensors and plain values are read (weights_only), never code.
+    Only tensors and plain values are read (weights_only), never code, and none is believed.
     """
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):           # plain settings
+        with torch.serialization.safe_globals([argparse.Namespace]):            # plain settings
             content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise InputError(f"--ckpt {path}: no such file") from None
@@ -1346,12 +1390,41 @@ def load_checkpoint(path):
         content = {"model": content.get("state_dict", content)}
     state = content.get("model") if isinstance(content, dict) else None
     if not isinstance(state, dict) or not state or not all(
-            isinstance(t, torch.Tensor) for t in state.values()):
-        raise InputError(f"--ckpt {path}: holds no state dict of a model")
+            isinstance(k, str) and isinstance(t, torch.Tensor) and t.is_floating_point()
+            and t.layout == torch.strided and t.isfinite().all() for k, t in state.items()):
+        raise InputError(f"--ckpt {path}: holds no state dict of a model, of finite numbers")
     content["model"] = {k.removeprefix("module."): t for k, t in state.items()}
-    if not isinstance(content.get("args"), dict):                   # others keep other things there
+
+    args, whole = content.get("args"), lambda value: type(value) is int and 0 < value < 2 ** 31
+    try:
+        json.dumps(args)
+        ours = (args["model"] in MODELS and whole(content["step"]) and whole(content["seen"] + 1)
+                and all(whole(args[name]) for name in ("img_size", "patch_size", "batch_size"))
+                and args["img_size"] % args["patch_size"] == 0
+                and type(content["seconds"]) is float and isinstance(content["optimizer"], dict)
+                and content["total"].shape == (2,) and content["total"].dtype == torch.float32)
+    except Exception:               # others keep other things there, or nothing
+        ours = False
+    if not ours:
         content.pop("args", None)
     return content
+
+
+def load_optimizer(optimizer, saved, path):
+    """Take over the moments of every weight; what else an optimizer has comes from the flags."""
+    names = {"momentum_buffer"} if "momentum" in optimizer.defaults else {
+        "step", "exp_avg", "exp_avg_sq"}
+    try:
+        optimizer.load_state_dict(optimizer.state_dict() | dict(state=saved["state"]))
+        good = all(set(optimizer.state[p]) == names and all(
+            t.shape == (() if name == "step" else p.shape) and t.is_floating_point()
+            and t.isfinite().all() for name, t in optimizer.state[p].items())
+            for group in optimizer.param_groups for p in group["params"])
+    except Exception:
+        good = False
+    if not good:
+        raise InputError(f"--resume: the optimizer's state in {path} does not fit; give it to "
+                         "--ckpt to start from its weights")
 
 
 def load_weights(model, state, path, head=False):
@@ -1403,8 +1476,36 @@ def join_team(device):
         if device.type == "cuda":
             device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
             torch.cuda.set_device(device)
-        torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        torch.distributed.init_process_group(
+            "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     return Team(device, rank, world)
+
+
+@contextlib.contextmanager
+def signals_noted():
+    """SIGINT and SIGTERM leave their number in a list, for after the step; the second one acts."""
+    noted, before = [], {}
+
+    def note(number, frame):
+        noted.append(number)
+        signal.signal(number, before[number])
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        before[number] = signal.signal(number, note)
+    try:
+        yield noted
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def any_rank(yes, team):
+    """Whether it is so on any of the processes, which must stop after the same step."""
+    if team.world == 1:
+        return yes
+    flag = torch.tensor(int(yes))
+    torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX)
+    return bool(flag)
 
 
 def train_step(network, optimizer, x, target, args):
@@ -1425,16 +1526,19 @@ def train(args, team, model, batches, augment, steps, checkpoint=None, test=None
     """Train to `steps`, from the checkpoint's step on, logging and saving into args.out.
 
     batches(start): yields this rank's (images, labels) of each step. test(): returns top-1 and
-    top-5; called every `test_every` steps and at the end. Returns the last line of the log.
+    top-5; called every `test_every` steps and at the end. Returns the last line of the log. A
+    signal saves and raises Stopped; a loss or a weight that is not finite raises InputError.
     """
     out, start = Path(args.out), checkpoint["step"] if checkpoint else 0
     optimizer = make_optimizer(model, args.optimizer, args.lr, args.weight_decay)
+    total, seen = torch.zeros(2, device=team.device), 0             # since the last line of the log
     if checkpoint:
         load_weights(model, checkpoint["model"], args.out, head=True)
-        optimizer.load_state_dict(checkpoint["optimizer"])
+        load_optimizer(optimizer, checkpoint["optimizer"], out / "last.pt")
+        total += checkpoint["total"].to(team.device)
+        seen = checkpoint["seen"]
     network = nn.parallel.DistributedDataParallel(model) if team.world > 1 else model
     augment.generator = torch.Generator(team.device)
-    total, seen = torch.zeros(2, device=team.device), 0
     best = max([r["test_top1"] for r in read_log(out) if "test_top1" in r], default=0.0)
     lead = team.rank == 0                                           # the one that writes and prints
     began = time.perf_counter() - (checkpoint["seconds"] if checkpoint else 0)
@@ -1447,62 +1551,79 @@ def train(args, team, model, batches, augment, steps, checkpoint=None, test=None
                 log.write(json.dumps(record) + "\n")
             print(f"step {done}/{steps}  {text}", flush=True)
 
-    model.train()
-    tick = time.perf_counter()
-    for step, (images, labels) in zip(range(start, steps), batches(start)):
-        key = seed_for(args.seed, "step", step, team.rank)
-        if args.drop_path:                                          # its masks are torch's default
-            torch.manual_seed(key)
-        augment.generator.manual_seed(key ^ 1)
-        x, target = augment(images, labels)
-        if step == 0 and lead:
-            save_samples(out / "samples.png", x, augment)
-        lr = learning_rate(step, steps, round(args.warmup * steps), args.lr)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        loss, logits = train_step(network, optimizer, x, target, args)
-        right = (logits.argmax(1) == target.argmax(1)).float().sum()
-        total += torch.stack([loss * len(x), right])
-        seen += len(x)
-
-        done = step + 1
-        last = done == steps
-        logging, saving = (last or done % n == 0 for n in (args.log_every, args.save_every))
-        if (logging or saving) and not math.isfinite(loss.item()):
+    def check_finite():
+        weights = nn.utils.get_total_norm(list(model.parameters()))
+        if not (loss + weights).isfinite():
             file = out / "last.pt"
             kept = f"; {file} is the last good state" if file.exists() else ""
-            raise InputError(f"--lr {args.lr}: the loss at step {done} is not finite (rate "
-                             f"{lr:.2e}); lower --lr, or set --clip-grad{kept}")
-        if logging:
-            mean_loss, accuracy = (total / seen).tolist()
-            speed = seen * team.world / (time.perf_counter() - tick)
-            minutes, seconds = divmod(int((steps - done) * args.batch_size / speed), 60)
-            report(f"loss {mean_loss:.3f}  top-1 {100 * accuracy:.1f}%  lr {lr:.2e}  {speed:.0f} "
-                   f"images/s  {minutes}:{seconds:02d} left",
-                   loss=mean_loss, top1=100 * accuracy, lr=lr, images_per_s=round(speed, 1))
-            total.zero_()
-            seen, tick = 0, time.perf_counter()
-        if test and lead and (last or done % test_every == 0):
-            paused = time.perf_counter()
-            top1, top5 = test()
-            best = max(best, top1)
-            report(f"test top-1 {top1:.2f}%  top-5 {top5:.2f}%  (best top-1 {best:.2f}%)",
-                   test_top1=top1, test_top5=top5, best_top1=best)
-            tick += time.perf_counter() - paused
-        if saving and lead:
-            save_checkpoint(out / "last.pt", model=model.state_dict(), step=done,
-                            seconds=time.perf_counter() - began,
-                            args=json.loads(json.dumps(vars(args))),        # tuples become lists
-                            optimizer=optimizer.state_dict())
+            raise InputError(f"--lr {args.lr}: the loss or a weight at step {done} is not finite "
+                             f"(rate {lr:.2e}); lower --lr, or set --clip-grad{kept}")
+
+    model.train()
+    tick, fresh = time.perf_counter(), 0                            # images since then
+    with signals_noted() as signals:
+        for step, (images, labels) in zip(range(start, steps), batches(start)):
+            key = seed_for(args.seed, "step", step, team.rank)
+            if args.drop_path:                                      # its masks are torch's default
+                torch.manual_seed(key)
+            augment.generator.manual_seed(key ^ 1)
+            x, target = augment(images, labels)
+            if step == 0 and lead:
+                save_samples(out / "samples.png", x, augment)
+            lr = learning_rate(step, steps, round(args.warmup * steps), args.lr)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            loss, logits = train_step(network, optimizer, x, target, args)
+            right = (logits.argmax(1) == target.argmax(1)).float().sum()
+            total += torch.stack([loss * len(x), right])
+            seen, fresh = seen + len(x), fresh + len(x)
+
+            done = step + 1
+            last, stopping = done == steps, any_rank(bool(signals), team)
+            logging, saving = (last or done % n == 0 for n in (args.log_every, args.save_every))
+            saving |= stopping
+            if logging or saving:
+                check_finite()
+            if logging:
+                mean_loss, accuracy = (total / seen).tolist()
+                speed = fresh * team.world / (time.perf_counter() - tick)
+                minutes, seconds = divmod(int((steps - done) * args.batch_size / speed), 60)
+                report(f"loss {mean_loss:.3f}  top-1 {100 * accuracy:.1f}%  lr {lr:.2e}  "
+                       f"{speed:.0f} images/s  {minutes}:{seconds:02d} left",
+                       loss=mean_loss, top1=100 * accuracy, lr=lr, images_per_s=round(speed, 1))
+                total.zero_()
+                seen, fresh, tick = 0, 0, time.perf_counter()
+            if test and lead and (last or done % test_every == 0):
+                paused = time.perf_counter()
+                top1, top5 = test()
+                best = max(best, top1)
+                report(f"test top-1 {top1:.2f}%  top-5 {top5:.2f}%  (best top-1 {best:.2f}%)",
+                       test_top1=top1, test_top5=top5, best_top1=best)
+                tick += time.perf_counter() - paused
+            if saving and lead:
+                save_checkpoint(out / "last.pt", model=model.state_dict(), step=done,
+                                seconds=time.perf_counter() - began, total=total.cpu(), seen=seen,
+                                args=json.loads(json.dumps(vars(args))),        # tuples, as lists
+                                optimizer=optimizer.state_dict())
+            if stopping and not last:
+                raise Stopped(f"stopped after step {done} of {steps}, saved in {out}; the same "
+                              "command with --resume goes on", (signals or [signal.SIGTERM])[0])
     if lead:
         save_curve(out)
         return read_log(out)[-1]
 
 
 def read_log(out):
-    """The records of out/log.jsonl; a last line that was cut off is left out."""
-    lines = (out / "log.jsonl").read_text().split("\n") if (out / "log.jsonl").exists() else []
-    return [json.loads(line) for line in lines[:-1]]
+    """The records of out/log.jsonl, up to one that was cut off or spoilt."""
+    file, records = out / "log.jsonl", []
+    for line in file.read_text(errors="replace").split("\n")[:-1] if file.exists() else ():
+        try:
+            record = json.loads(line)
+            record["step"] + record["images"]
+        except (ValueError, TypeError, KeyError):
+            break
+        records.append(record)
+    return records
 
 
 def save_samples(path, x, augment, rows=8):
@@ -1582,7 +1703,7 @@ def save_theta(path, source):
     """What the authors never kept: the base and every eps, or the maps of every category. (The
     contours of a category follow from --fractal-seed: `contour`.)"""
     theta = {k: v.tolist() if isinstance(v, torch.Tensor) else v for k, v in source.theta.items()}
-    path.write_text(json.dumps(theta) + "\n")
+    replace_file(path, (json.dumps(theta) + "\n").encode())
 
 
 # Settings that a result does not depend on; a resumed run may change them.
@@ -1599,7 +1720,8 @@ def start_run(args, team):
             raise InputError(f"--resume: there is no {last} to go on with; check --out")
         checkpoint = load_checkpoint(last)
         if "args" not in checkpoint:
-            raise InputError(f"--resume: {last} holds weights alone; give them to --ckpt instead")
+            raise InputError(f"--resume: {last} holds weights, but no run of this version; give "
+                             "them to --ckpt to start from them")
         for name, value in json.loads(json.dumps(vars(args))).items():
             saved = checkpoint["args"].get(name)
             if name == "precision":
@@ -1608,15 +1730,16 @@ def start_run(args, team):
                 raise InputError(f"--resume: --{name.replace('_', '-')} was {saved} in {out}, now "
                                  f"it is {value}; repeat the flags of that run")
         if team.rank == 0:
-            (out / "log.jsonl").write_text("".join(
-                json.dumps(r) + "\n" for r in read_log(out) if r["step"] <= checkpoint["step"]))
+            replace_file(out / "log.jsonl", "".join(
+                json.dumps(r) + "\n" for r in read_log(out) if r["step"] <= checkpoint["step"]
+            ).encode())
         return checkpoint
     if last.exists():
         raise InputError(f"--out {out}: holds a finished or stopped run; give another --out, or "
                          "--resume to go on with it")
     if team.rank == 0:
         out.mkdir(parents=True, exist_ok=True)
-        (out / "args.json").write_text(json.dumps(vars(args), indent=1) + "\n")
+        replace_file(out / "args.json", (json.dumps(vars(args), indent=1) + "\n").encode())
         (out / "log.jsonl").unlink(missing_ok=True)
     return None
 
@@ -1712,6 +1835,8 @@ def finetune(args, team):
     """Fine-tune a checkpoint, or train from scratch without one; report the last epoch."""
     checkpoint = start_run(args, team)
     images, tests, classes = open_data(args, team)
+    if args.batch_size > len(images):
+        raise InputError(f"--batch-size {args.batch_size}: there are {len(images)} images")
     steps = math.ceil(args.epochs * len(images) / args.batch_size)
     model = make_model(args, team, classes, steps, f"{args.data}, {len(images)}")
     if args.ckpt and not checkpoint:
@@ -1814,7 +1939,7 @@ def probe(args, team):
 
 def render(args, team):
     """Write the source's images to OUT/<class>/<number>.png, a folder that ImageFolder reads."""
-    from torchvision.io import write_png
+    from torchvision.io import encode_png
     out = Path(args.out)
     if out.exists() and any(out.iterdir()):
         raise InputError(f"--out {out}: is not empty; give another folder")
@@ -1825,7 +1950,8 @@ def render(args, team):
         for image, label in zip(images.cpu(), labels.tolist()):
             folder = out / f"{label:0{width}d}"
             folder.mkdir(parents=True, exist_ok=True)
-            write_png(image.view(-1, *image.shape[-2:]), str(folder / f"{number}.png"))
+            png = encode_png(image.view(-1, *image.shape[-2:]))
+            (folder / f"{number}.png").write_bytes(png.numpy().tobytes())
             number += 1
     save_theta(out.parent / f"{out.name}.json", source)
     print(f"{number} images in {out}, what they were drawn from in {out}.json")
@@ -1954,8 +2080,8 @@ def bench(args, team):
     product = rate(lambda: square[0] @ square[1], 2 * square.shape[1] ** 3)
     del data, square
     result |= dict(peak_gb=peak / 1e9, copy_gb_per_s=copy / 1e9, product_tflop_per_s=product / 1e12)
-    say(f"limits: copy {copy / 1e9:.0f} GB/s, {args.precision} product {product / 1e12:.2f} TFLOP/s; "
-        f"peak memory of pre-training {peak / 1e9:.2f} GB\n")
+    say(f"limits: copy {copy / 1e9:.0f} GB/s, {args.precision} product {product / 1e12:.2f} "
+        f"TFLOP/s; peak memory of pre-training {peak / 1e9:.2f} GB\n")
     say(f"{'':40}    images/s       share")
 
     base = base_ifs(args.num_maps, args.sigma, args.fractal_seed)
@@ -2439,6 +2565,19 @@ def main(argv=None):
         globals()[args.command](args, join_team(resolve(args)))
     except InputError as error:     # one from a worker process comes wrapped in its traceback
         print(f"onepfrac: {str(error).strip().split('InputError: ')[-1]}", file=sys.stderr)
+        return 2
+    except Stopped as stopped:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"onepfrac: {stopped.args[0]}", file=sys.stderr)
+        return 128 + stopped.args[1]                                # what shells expect
+    except KeyboardInterrupt:       # before there was anything to save
+        print("onepfrac: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:         # whoever read the output has gone, as in `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except torch.OutOfMemoryError:
+        print("onepfrac: --batch-size: the GPU's memory is full; lower it", file=sys.stderr)
         return 2
     except OSError as error:        # a full disk, a file where a folder should be, no permission
         print(f"onepfrac: --out {args.out}: cannot be written ({error})", file=sys.stderr)
