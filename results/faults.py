@@ -1,4 +1,4 @@
-"""What a run survives: python results/faults.py [kills] [stops] [disk] [checkpoints] [images]
+"""What a run survives: python results/faults.py
 
 kills        kill -9 at random moments of a pre-training that saves at every second step, gone on with after each
 stops        SIGINT or SIGTERM at random moments, of pre-training and of fine-tuning, then --resume: the same bits?
@@ -225,9 +225,8 @@ def checkpoints(count, rng, folder):
         if rng.random() < 0.5:
             status, output = forked([*PRE, "--out", out, "--resume"])
         else:
-            status, output = forked([*PRE[:1], "--ckpt", out / "last.pt"] if False else [
-                "finetune", "--data", "folder", "--root", folder / "images", "--workers", "0", "--epochs", "0.01",
-                *SMALL, "--ckpt", out / "last.pt", "--record", folder / "runs.jsonl", "--out", folder / "tuned"])
+            status, output = forked([*FINE, "--root", folder / "images", "--epochs", "0.01", "--ckpt", out / "last.pt",
+                                     "--record", folder / "runs.jsonl", "--out", folder / "tuned"])
             shutil.rmtree(folder / "tuned", ignore_errors=True)
         shutil.rmtree(out)
         found["checkpoints"] += 1
@@ -325,6 +324,8 @@ def images(count, rng, folder):
     return found
 
 
+ZERO = {"unreadable", "lost_runs", "other_bits", "untidy", "without_a_clear_line", "checkpoint_spoilt",
+        "other_bits_afterwards", "otherwise", "code_executed"}
 STUDY = dict(kills=200, stops=20, disk=100, checkpoints=800, images=200)
 
 
@@ -337,6 +338,15 @@ def study(name, count, seed=0):
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*", choices=[*STUDY, []])
-    for name in parser.parse_args().names or STUDY:
-        print(name, study(name, STUDY[name]), flush=True)
+    parser.parse_args()
+    lines = ["# Faults tried, and what happened", "",
+             f"`python results/faults.py`, seed 0, torch {torch.__version__}, one thread. What must be 0 is bold.", "",
+             "| fault | what happened |", "|---|---|"]
+    for name, count in STUDY.items():
+        found = study(name, count)
+        for part, counts in found.items() if isinstance(next(iter(found.values())), dict) else [("", found)]:
+            counts = ", ".join(f"{key.replace('_', ' ')} {f'**{value}**' if key in ZERO else value}"
+                               for key, value in counts.items())
+            lines.append(f"| {' '.join((name, part)).strip()} | {counts} |")
+            print(lines[-1], flush=True)
+    Path(__file__).with_name("faults.md").write_text("\n".join(lines) + "\n")
