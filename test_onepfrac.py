@@ -8,6 +8,7 @@ import inspect
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -21,6 +22,8 @@ from torch import nn
 from torchvision.transforms import functional as T
 
 import onepfrac as op
+sys.path.insert(0, str(Path(op.__file__).parent / "results"))
+import faults
 
 SCRIPT = Path(op.__file__)
 
@@ -875,40 +878,177 @@ def test_show_draws_the_figures(tmp_path):
         assert np.array(Image.open(tmp_path / name).convert("L")).std() > 20
 
 
-def test_resumed_run_is_bit_identical(tmp_path, monkeypatch):
-    arguments = ["pretrain", "--L", "8", "--steps", "6", "--batch-size", "16", "--canvas", "32", "--points",
-                 "1000", "--log-every", "1", "--save-every", "3", "--fresh-texture",
-                 "--texture", "random", "--randaug", "--mixup", "--erase", "--drop-path", "0.1", *TINY]
+@pytest.mark.parametrize("workers, step", [(0, 1), (0, 5), (1, 4)])
+def test_a_signal_saves_and_resuming_is_bit_identical(workers, step, image_folder, tmp_path, monkeypatch, capfd):
+    """Also between two lines of the log, and with images that stream from another process."""
+    arguments = ["--batch-size", "16", "--log-every", "3", "--save-every", "100", "--randaug", "--mixup", "--erase",
+                 "--drop-path", "0.1", *TINY]
+    if workers:
+        monkeypatch.setattr(op, "ON_DEVICE_BYTES", 0)
+        arguments = ["finetune", "--data", "folder", "--root", str(image_folder), "--workers", str(workers),
+                     "--epochs", "1.6", "--eval-epochs", "0.6", *arguments]
+    else:
+        arguments = ["pretrain", "--L", "8", "--steps", "8", "--canvas", "32", "--points", "1000",
+                     "--fresh-texture", "--texture", "random", *arguments]
     assert op.main([*arguments, "--out", str(tmp_path / "a")]) == 0
-    save = op.save_checkpoint
+    train_step, calls = op.train_step, []
 
-    def save_and_die(path, **content):
-        save(path, **content)
-        raise KeyboardInterrupt
+    def signalled(*inputs):
+        calls.append(0)
+        if len(calls) == step:
+            os.kill(os.getpid(), signal.SIGINT)
+        return train_step(*inputs)
 
-    monkeypatch.setattr(op, "save_checkpoint", save_and_die)
-    with pytest.raises(KeyboardInterrupt):
-        op.main([*arguments, "--out", str(tmp_path / "b")])
-    monkeypatch.undo()
-    assert torch.load(tmp_path / "b" / "last.pt", weights_only=True)["step"] == 3
+    with monkeypatch.context() as patch:
+        patch.setattr(op, "train_step", signalled)
+        handler = signal.getsignal(signal.SIGINT)
+        assert op.main([*arguments, "--out", str(tmp_path / "b")]) == 128 + signal.SIGINT
+        assert signal.getsignal(signal.SIGINT) is handler
+    assert f"stopped after step {step} of 8" in capfd.readouterr().err
+    assert torch.load(tmp_path / "b" / "last.pt", weights_only=True)["step"] == step
     assert op.main([*arguments, "--out", str(tmp_path / "b"), "--resume"]) == 0
-    a, b = (torch.load(tmp_path / d / "last.pt", weights_only=True) for d in "ab")
-    assert all((a["model"][k] == b["model"][k]).all() for k in a["model"])
-    logs = [[json.loads(line) for line in open(tmp_path / d / "log.jsonl")] for d in "ab"]
-    assert [[r["loss"] for r in log] for log in logs][0] == [r["loss"] for r in logs[1]]
+    assert faults.same(faults.outcome(tmp_path / "a"), faults.outcome(tmp_path / "b"))
+    assert len(op.read_log(tmp_path / "a")) > 2
 
 
-def test_two_processes_train_as_one_model(tmp_path):
+@pytest.mark.parametrize("name, count", dict(kills=6, stops=2, disk=8, checkpoints=64, images=44).items())
+def test_faults_lose_nothing_and_leave_no_traceback(name, count):
+    """A few of each; results/faults.py tries many."""
     done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0",
-         "--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0", str(SCRIPT), "pretrain", "--L", "8", "--steps",
-         "4", "--batch-size", "16", "--canvas", "32", "--points", "1000", "--log-every", "1",
-         *TINY, "--out", str(tmp_path / "two")], capture_output=True, text=True, timeout=170,
+        [sys.executable, "-c", f"import faults, json; print(json.dumps(faults.study({name!r}, {count}, 1)))"],
+        cwd=SCRIPT.parent / "results", capture_output=True, text=True, timeout=300,
         env={**os.environ, "OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0, done.stderr[-2000:]
-    log = [json.loads(line) for line in open(tmp_path / "two" / "log.jsonl")]
-    assert [r["step"] for r in log] == [1, 2, 3, 4] and log[0]["loss"] == pytest.approx(math.log(8), abs=1e-5)
-    assert "x2" in done.stdout and done.stdout.count("step 4/4") == 1
+    assert done.returncode == 0 and not done.stderr.strip(), done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    for counts in found.values() if name == "stops" else [found]:
+        assert all(number == 0 for key, number in counts.items() if key in faults.ZERO)
+    if name == "kills":
+        assert found["kills"] == count
+    if name in ("checkpoints", "images"):
+        assert found["refused_in_one_line"] + found["read"] == count and found["refused_in_one_line"] > count / 4
+
+
+def test_what_is_not_finite_stops_the_run_and_is_not_saved(tmp_path, monkeypatch, capsys):
+    flags = ["pretrain", "--L", "4", "--steps", "6", "--batch-size", "8", "--canvas", "32", "--points", "500",
+             "--save-every", "2", "--log-every", "100", *TINY, "--out", str(tmp_path)]
+    train_step, calls = op.train_step, []
+
+    def spoil(network, *rest):
+        result = train_step(network, *rest)
+        calls.append(0)
+        if len(calls) == 4:                                 # the loss is still finite
+            network.blocks[2].mlp.fc1.weight.data[0, 0] = math.inf
+        return result
+
+    monkeypatch.setattr(op, "train_step", spoil)
+    assert op.main(flags) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "step 4" in error and "--lr 0.001" in error and "last.pt is the last good" in error
+    saved = torch.load(tmp_path / "last.pt", weights_only=True)
+    assert saved["step"] == 2 and all(t.isfinite().all() for t in saved["model"].values())
+    monkeypatch.undo()
+    assert op.main([*flags, "--resume"]) == 0
+
+
+def test_an_older_or_a_foreign_run_is_named(tmp_path, capsys):
+    flags = ["pretrain", "--L", "4", "--steps", "2", "--batch-size", "8", "--canvas", "32", "--points", "500", *TINY,
+             "--out", str(tmp_path)]
+    assert op.main(flags) == 0
+    saved = torch.load(tmp_path / "last.pt", weights_only=True)
+    del saved["total"]                                      # as versions before left it
+    torch.save(saved, tmp_path / "last.pt")
+    assert op.main([*flags, "--resume"]) == 2
+    assert "no run of this version; give them to --ckpt" in capsys.readouterr().err
+    model = op.ViT(16, 4, 9, *op.MODELS["vit_nano"])
+    op.load_weights(model, op.load_checkpoint(tmp_path / "last.pt")["model"], "last.pt")        # but weights it has
+
+
+def test_sixteen_bits_and_other_modes_are_read_as_they_look(tmp_path):
+    ramp = np.linspace(0, 65535, 64).astype(np.uint16).reshape(8, 8)
+    Image.fromarray(ramp).save(tmp_path / "deep.png")
+    eight = Image.fromarray((ramp // 256).astype(np.uint8))
+    for name, image in (("L", eight), ("P", eight.convert("P")), ("RGBA", eight.convert("RGBA")),
+                        ("LA", eight.convert("LA"))):
+        image.save(tmp_path / f"{name}.png")
+        assert (np.asarray(op.read_image(tmp_path / f"{name}.png")) == np.asarray(eight.convert("RGB"))).all()
+    assert (np.asarray(op.read_image(tmp_path / "deep.png")) == np.asarray(eight.convert("RGB"))).all()
+
+
+def test_linked_folders_are_followed_but_not_in_circles(image_folder, tmp_path):
+    linked = tmp_path / "linked"
+    linked.mkdir()
+    (linked / "a").symlink_to(image_folder / "train" / "across")
+    (linked / "b").symlink_to(image_folder / "train" / "down")
+    assert len(op.open_folder(linked)) == 80
+    for name, other in (("a", "b"), ("b", "a")):            # each in the other
+        (tmp_path / name / "x").mkdir(parents=True)
+        (tmp_path / name / "x" / "round").symlink_to(tmp_path / other)
+    with pytest.raises(op.InputError, match="--root.*links to a folder"):
+        op.open_folder(tmp_path)
+
+
+DRIVER = """
+import os, sys, torch
+import onepfrac as op
+rank, folder, seen, train_step = int(os.environ["RANK"]), sys.argv[1], [], op.train_step
+def spy(network, optimizer, x, target, args):
+    if len(seen) == int(os.environ.get("FAIL_AT", -1)) and rank == 1:
+        raise op.InputError("--source: this rank cannot go on")
+    seen.append(x)
+    spy.model = network.module
+    return train_step(network, optimizer, x, target, args)
+op.train_step = spy
+status = op.main(sys.argv[2:])
+if status == 0:
+    torch.save([torch.stack(seen), spy.model.state_dict()], f"{folder}/rank{rank}.pt")
+sys.exit(status)
+"""
+PAIR = ["pretrain", "--L", "8", "--batch-size", "32", "--canvas", "32", "--points", "1000", "--log-every", "10",
+        "--save-every", "10", "--warmup", "0.1", *TINY]
+
+
+def torchrun(folder, *arguments, **environment):
+    (folder / "driver.py").write_text(DRIVER)
+    return subprocess.Popen(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--rdzv_backend=c10d",
+         "--rdzv_endpoint=localhost:0", str(folder / "driver.py"), str(folder), *PAIR, *arguments],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(SCRIPT.parent), **environment})
+
+
+def test_two_processes_train_one_model_on_images_of_their_own(tmp_path):
+    two = torchrun(tmp_path, "--steps", "60", "--out", str(tmp_path / "two"))
+    output, errors = two.communicate(timeout=170)
+    assert two.returncode == 0, errors[-2000:]
+    (a, model_a), (b, model_b) = (torch.load(tmp_path / f"rank{k}.pt", weights_only=True) for k in (0, 1))
+    assert a.shape == b.shape == (60, 16, 3, 16, 16) and not (a == b).flatten(2).all(2).any()
+    assert all((model_a[k] == model_b[k]).all() for k in model_a)
+    assert output.count("step 60/60") == 1 and "x2" in output               # only one of them writes and prints
+    assert op.main([*PAIR, "--steps", "60", "--out", str(tmp_path / "one")]) == 0
+    losses = [[r["loss"] for r in op.read_log(tmp_path / name)] for name in ("one", "two")]
+    assert losses[0][0] == pytest.approx(losses[1][0], abs=0.1) and losses[1][-1] < losses[1][0] - 0.1
+    assert np.abs(np.subtract(*losses)).max() < 0.25                        # other crops, the same curve
+
+
+def test_two_processes_stop_together_and_go_on(tmp_path):
+    whole = torchrun(tmp_path, "--steps", "400", "--out", str(tmp_path / "whole"))
+    assert whole.wait(170) == 0
+    stopped = torchrun(tmp_path, "--steps", "400", "--out", str(tmp_path / "stopped"))
+    while "step 20/" not in stopped.stdout.readline():
+        assert stopped.poll() is None
+    stopped.send_signal(signal.SIGTERM)
+    _, errors = stopped.communicate(timeout=100)
+    assert stopped.returncode != 0 and errors.count("with --resume goes on") == 1
+    again = torchrun(tmp_path, "--steps", "400", "--out", str(tmp_path / "stopped"), "--resume")
+    assert again.wait(170) == 0
+    assert faults.same(*(faults.outcome(tmp_path / name) for name in ("whole", "stopped")))
+
+
+def test_a_process_that_fails_ends_the_job_with_its_message(tmp_path):
+    job = torchrun(tmp_path, "--steps", "5000", "--out", str(tmp_path / "run"), FAIL_AT="25")
+    _, errors = job.communicate(timeout=170)
+    assert job.returncode != 0 and "onepfrac: --source: this rank cannot go on" in errors
+    assert torch.load(tmp_path / "run" / "last.pt", weights_only=True)["step"] == 20
 
 
 def test_checkpoints_of_timm_and_of_the_authors_load(tmp_path):

@@ -142,10 +142,10 @@ def stops(count, rng, folder):
 
 def disk(count, rng, folder):
     begun, whole = folder / "begun", folder / "whole"
-    length(PRE, whole)
-    while not (begun / "last.pt").exists():
+    seconds, status = length(PRE, whole), 0
+    while status != 128 + signal.SIGTERM:                           # stopped halfway
         shutil.rmtree(begun, ignore_errors=True)
-        forked([*PRE, "--out", begun], rng.uniform(0.3, 0.6) * 2, signal.SIGTERM)
+        status, output = forked([*PRE, "--out", begun], rng.uniform(0.3, 0.9) * seconds, signal.SIGTERM)
     size = (begun / "last.pt").stat().st_size
     found = dict(runs=0, without_a_clear_line=0, checkpoint_spoilt=0, other_bits_afterwards=0)
     for k in range(count):
