@@ -37,6 +37,7 @@ import sys
 import tempfile
 import time
 import warnings
+import zipfile
 import zlib
 from pathlib import Path
 from typing import NamedTuple
@@ -1379,6 +1380,10 @@ def load_checkpoint(path):
     Only tensors and plain values are read (weights_only), never code, and none is believed.
     """
     try:
+        if zipfile.is_zipfile(path):                                # torch checks no sums
+            with zipfile.ZipFile(path) as archive:
+                if archive.testzip() is not None:
+                    raise ValueError
         with torch.serialization.safe_globals([argparse.Namespace]):            # plain settings
             content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:

@@ -194,8 +194,9 @@ def checkpoints(count, rng, folder):
     whole = folder / "whole"
     length(PRE, whole)
     data, content = (whole / "last.pt").read_bytes(), torch.load(whole / "last.pt", weights_only=True)
-    marker = folder / "executed"
-    found = dict(checkpoints=0, refused_in_one_line=0, read=0, otherwise=0, code_executed=0)
+    torch.save(op.load_checkpoint(whole / "last.pt"), buffer := io.BytesIO())
+    marker, whole_content = folder / "executed", buffer.getvalue()
+    found = dict(checkpoints=0, refused_in_one_line=0, read=0, otherwise=0, other_weights_read=0, code_executed=0)
     for k in range(count):
         bad = bytearray(data)
         at = rng.randrange(len(bad)) if k % 2 else rng.choice((rng.randrange(2000), -1 - rng.randrange(20_000)))
@@ -221,7 +222,8 @@ def checkpoints(count, rng, folder):
             bad = buffer.getvalue()
         out = folder / "run"
         shutil.copytree(whole, out)
-        (out / "last.pt").write_bytes(bad)
+        for file in (out / "last.pt", folder / "bad.pt"):
+            file.write_bytes(bad)
         if rng.random() < 0.5:
             status, output = forked([*PRE, "--out", out, "--resume"])
         else:
@@ -232,6 +234,9 @@ def checkpoints(count, rng, folder):
         found["checkpoints"] += 1
         found["refused_in_one_line"] += one_line(status, output)
         found["read"] += status == 0
+        if status == 0 and kind not in ("tree", "code"):            # whole in spite of it
+            torch.save(op.load_checkpoint(folder / "bad.pt"), buffer := io.BytesIO())
+            found["other_weights_read"] += buffer.getvalue() != whole_content
         if not one_line(status, output) and status != 0:
             found["otherwise"] += 1
             print(kind, status, output[-1500:], file=sys.stderr)
@@ -325,7 +330,7 @@ def images(count, rng, folder):
 
 
 ZERO = {"unreadable", "lost_runs", "other_bits", "untidy", "without_a_clear_line", "checkpoint_spoilt",
-        "other_bits_afterwards", "otherwise", "code_executed"}
+        "other_bits_afterwards", "otherwise", "other_weights_read", "code_executed"}
 STUDY = dict(kills=200, stops=20, disk=100, checkpoints=800, images=200)
 
 
