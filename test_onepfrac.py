@@ -24,6 +24,7 @@ from torchvision.transforms import functional as T
 import onepfrac as op
 sys.path.insert(0, str(Path(op.__file__).parent / "results"))
 import faults
+import tables
 
 SCRIPT = Path(op.__file__)
 
@@ -1031,15 +1032,15 @@ def test_two_processes_train_one_model_on_images_of_their_own(tmp_path):
 
 
 def test_two_processes_stop_together_and_go_on(tmp_path):
-    whole = torchrun(tmp_path, "--steps", "400", "--out", str(tmp_path / "whole"))
+    whole = torchrun(tmp_path, "--steps", "120", "--out", str(tmp_path / "whole"))
     assert whole.wait(170) == 0
-    stopped = torchrun(tmp_path, "--steps", "400", "--out", str(tmp_path / "stopped"))
+    stopped = torchrun(tmp_path, "--steps", "120", "--out", str(tmp_path / "stopped"))
     while "step 20/" not in stopped.stdout.readline():
         assert stopped.poll() is None
     stopped.send_signal(signal.SIGTERM)
     _, errors = stopped.communicate(timeout=100)
     assert stopped.returncode != 0 and errors.count("with --resume goes on") == 1
-    again = torchrun(tmp_path, "--steps", "400", "--out", str(tmp_path / "stopped"), "--resume")
+    again = torchrun(tmp_path, "--steps", "120", "--out", str(tmp_path / "stopped"), "--resume")
     assert again.wait(170) == 0
     assert faults.same(*(faults.outcome(tmp_path / name) for name in ("whole", "stopped")))
 
@@ -1294,7 +1295,7 @@ def test_regularisation_is_chosen_without_the_test_set():
 
 
 def record_of(recipe, row, seed, top1, data="cifar100", without=(), **changes):
-    _, second, (pretraining, _), (settings, _) = op.planned(recipe, row, seed)
+    _, second, (pretraining, _), (settings, _) = tables.planned(recipe, row, seed)
     if pretraining:
         pretraining = {k: v for k, v in (pretraining | changes).items() if k not in without}
     return json.dumps(dict(command=second.split()[0], recipe=recipe, seed=seed, test_top1=top1, seconds=120,
@@ -1303,7 +1304,7 @@ def record_of(recipe, row, seed, top1, data="cifar100", without=(), **changes):
 
 
 def test_table_prints_what_is_measured_and_plans_what_is_missing(tmp_path, capsys):
-    rows = {row[0]: row for row in op.tables("nano")["table5"][2]}
+    rows = {row[0]: row for row in tables.tables("nano")["table5"][2]}
     with open(tmp_path / "runs.jsonl", "w") as file:
         for seed, top1 in ((0, 20.0), (1, 22.0), (2, 27.0)):
             file.write(record_of("nano", rows["0.1"], seed, top1))
@@ -1339,24 +1340,24 @@ def test_table_prints_what_is_measured_and_plans_what_is_missing(tmp_path, capsy
 def test_every_row_of_every_table_is_a_command_at_every_recipe():
     for recipe in op.RECIPES:
         folders = {}
-        for _, _, rows in op.tables(recipe).values():
+        for _, _, rows in tables.tables(recipe).values():
             for row in rows:
-                first, second, (pretraining, usual), (settings, _) = op.planned(recipe, row, 0)
+                first, second, (pretraining, usual), (settings, _) = tables.planned(recipe, row, 0)
                 assert (first is None) == (row[2] is None) and settings["recipe"] == recipe
                 folders.setdefault(second.split("--out ")[1], set()).add((first, second))
                 if first:
                     assert (usual != pretraining) == ("/1p-frac/" not in first)
         assert all(len(runs) == 1 for runs in folders.values())     # one setting a folder
-    deit = {row[2]: row[1] for row in op.tables("paper")["table9"][2]}
+    deit = {row[2]: row[1] for row in tables.tables("paper")["table9"][2]}
     assert deit["--no-crop"] == 80.1 and deit["--no-mixup --no-cutmix"] == 80.4
-    assert ("with mixup", None, "--mixup") in op.tables("nano")["table9"][2]
+    assert ("with mixup", None, "--mixup") in tables.tables("nano")["table9"][2]
 
 
 def test_reproduce_runs_what_has_no_record_and_goes_on(tmp_path):
     """With a stand-in that notes the commands and pretends to run them."""
-    for name in ("reproduce.sh", "onepfrac.py"):
-        (tmp_path / name).write_text((SCRIPT.parent / name).read_text())
     (tmp_path / "results").mkdir()
+    for name in ("reproduce.sh", "onepfrac.py", "results/tables.py"):
+        (tmp_path / name).write_text((SCRIPT.parent / name).read_text())
     (tmp_path / "fake.sh").write_text(f"""#!/bin/bash
 if [ "$2" = table ]; then exec {sys.executable} "$@"; fi
 echo "$@" >> commands.txt
@@ -1364,7 +1365,7 @@ out=$(echo "$@" | sed 's/.*--out \\([^ ]*\\).*/\\1/'); mkdir -p $out; touch $out
 [ "$(wc -l < commands.txt)" = 3 ] && exit 1
 exit 0
 """)
-    rows = op.tables("nano")["table12"][2]
+    rows = tables.tables("nano")["table12"][2]
     (tmp_path / "results" / "runs.jsonl").write_text("".join(
         record_of("nano", row, 0, 10.0) for row in rows[1:]))
 
