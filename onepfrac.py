@@ -8,8 +8,8 @@ ECCV 2024). One idea holds the file together:
 
     python onepfrac.py pretrain --delta 0.1 --sigma 3.5         # one fractal -> a ViT
     python onepfrac.py finetune --ckpt runs/pretrain/last.pt    # that ViT -> CIFAR-100
-    python onepfrac.py finetune                                 # the same from scratch
-    python onepfrac.py pretrain --source rcdb                   # contours, noise, a photograph ...
+    python onepfrac.py finetune --out runs/scratch              # the same from scratch
+    python onepfrac.py pretrain --source rcdb --out runs/rcdb   # contours, noise, a photograph ...
     python onepfrac.py table                                    # the paper's tables beside ours
 
 Measured (README): eight epochs of CIFAR-100, 250 images a class, end at 29.9% from the fractal and
@@ -164,7 +164,7 @@ def sample_ifs(num_maps, sigma, generator=None):
 
 ORBIT = 100      # plotted steps of each orbit
 BURN_IN = 30     # steps before, to reach the attractor from the origin; they are not plotted
-PLACES = 1024    # in the table, where a step may begin to read
+PLACES = 1024    # a step begins to read the table at one of so many places, and one
 GREY = 127       # colour of a stamp
 # What is drawn at once: numbers of the orbits, and then points and pixels of the rasters. On a CPU
 # a raster should fit its cache, and a step of the orbits be worth starting two threads.
@@ -172,8 +172,8 @@ IN_FLIGHT = {"cpu": (28_000_000, 3_000_000), "cuda": (70_000_000, 100_000_000)}
 
 
 def map_table(probs, points, generator=None):
-    """The table j (..., M) of random maps, with probs (..., N), and where each step begins to read:
-    PLACES more entries than orbits, each map as often as its probability says. One draw for all.
+    """A table j (..., M) of random maps, each as often as probs (..., N) say, with PLACES more
+    entries than there are orbits; and the places at which the steps begin to read, a list.
     """
     M = -(-points // ORBIT) + PLACES
     draws = torch.rand(M, generator=generator, dtype=torch.float64)
@@ -212,7 +212,7 @@ def bounding_box(points, expands, trim=True):
     low, high = points.amin(2), points.amax(2)                      # (2, B), NaN if a point is
     if not trim or not expands.any():
         return low, high, not trim
-    sample = points[:, :, ::points.shape[2] // 2000 | 1][:, expands].nan_to_num(1e30)
+    sample = points[:, :, ::points.shape[2] // 2000 | 1][:, expands].nan_to_num(1e30, 1e30, -1e30)
     rank = sample.shape[2] // 100 + 1
     core_low, core_high = (sample.topk(rank, 2, top).values[..., -1] for top in (False, True))
     full_low, full_high = low[:, expands], high[:, expands]
@@ -232,7 +232,7 @@ def rasterize(points, size, low, high, clip):
     scale = (size - 1 - 2 * margin) / (high - low).clamp(min=1e-6)  # (2, B)
     scale[1] *= -1                                                  # image rows grow downwards
     corner = torch.stack([low[0], high[1]])                         # the upper left one
-    pixel = points.mul_(scale[..., None]).add_((margin + 0.5 - corner * scale)[..., None])
+    pixel = points.sub_(corner[..., None]).mul_(scale[..., None]).add_(margin + 0.5)
     inside = ((pixel >= margin) & (pixel < size - margin)).all(0) if clip else None
     x, y = pixel.floor_()
     cell = torch.add(x, y, alpha=size).long()                       # (B, P), exact to 4096 x 4096
@@ -306,10 +306,11 @@ def render_ifs(maps, size=512, points=100_000, texture="random", generator=None,
     attractor give blank or nearly blank images, never NaN. Raises ValueError on bad arguments.
     """
     if maps.ndim != 4 or maps.shape[2:] != (2, 3) or not len(maps) or not 8 <= size <= 4096 \
-            or points < 1 or (
+            or points < 1 or not maps.isfinite().all() or (
                 probs is not None and probs.shape not in (maps.shape[:2], maps.shape[1:2])):
-        raise ValueError(f"need maps (L, N, 2, 3) with L >= 1, probs (N,) or (L, N), size 8 to 4096, "
-                         f"points >= 1; got {tuple(maps.shape)}, {probs}, {size}, {points}")
+        raise ValueError(f"need finite maps (L, N, 2, 3) with L >= 1, probs (N,) or (L, N), size 8 "
+                         f"to 4096, points >= 1; got {tuple(maps.shape)}, {probs}, {size}, "
+                         f"{points}")
     if texture not in ("random", "fill", "point"):
         raise ValueError(f"texture must be random, fill or point, got {texture!r}")
     coverage = ifs_coverage(maps, size, points, texture, probs, generator)
@@ -543,7 +544,7 @@ def contour(kind, seed, category, instance):
     own = torch.Generator().manual_seed(seed_for(seed, kind, category, instance))
     rcdb, V, P = kind == "rcdb", 0, int(whole(shared, 1, 200))
     while rcdb and not 3 <= V <= 200:
-        V = int(-100 * uniform(shared, 0, 1).log())
+        V = int(-100 * uniform(shared, 0, 1).clamp(min=1e-9).log())
     V = V or int(whole(shared, 200, 1000))
     c = uniform(shared, 0, 4) if rcdb else uniform(shared, 2, 6)
     step = uniform(shared, 0, 0.1 if rcdb else 0.01)
@@ -671,17 +672,13 @@ def warp_grid(kind, theta, size):
 
 def photograph(file, size, device):
     """The middle of an image file, by default of the one in matplotlib -> (3, size, size) uint8."""
-    from torchvision.datasets.folder import pil_loader
-    from torchvision.transforms import functional as T
     if file is None:
         from matplotlib import cbook
         file = cbook.get_sample_data("grace_hopper.jpg", asfileobj=False)
     try:
-        image = pil_loader(file)
+        return square(read_image(file), size).to(device)
     except Exception as error:
         raise InputError(f"--image {file}: cannot be read ({type(error).__name__})") from None
-    image = T.center_crop(T.resize(image, size, antialias=True), size)
-    return T.pil_to_tensor(image).to(device)
 
 
 def image_source(args, device):
@@ -1133,13 +1130,23 @@ DATASETS = {  # name: torchvision class, arguments for training images, argument
 ON_DEVICE_BYTES = 6 * 2 ** 30    # sets up to this size live on the device: 21,000 of 512x512 do
 
 
+def square(image, side):
+    """The middle of a PIL image, resized -> uint8 (3, side, side)."""
+    from torchvision.transforms import functional as T
+    if image.size != (side, side):
+        longest = 8 * min(image.size)           # what is longer would blow up when resized
+        image = T.center_crop(image, [min(n, longest) for n in image.size[::-1]])
+        image = T.center_crop(T.resize(image, side, antialias=True), side)
+    return T.pil_to_tensor(image)
+
+
 def read_image(path):
     """An image file as a PIL image in RGB: 16-bit grey is scaled, bombs are not decoded."""
     from PIL import Image
-    with warnings.catch_warnings(), Image.open(path) as image:
+    with warnings.catch_warnings():
         warnings.simplefilter("error", Image.DecompressionBombWarning)          # 90 million pixels
-        if image.width * image.height > Image.MAX_IMAGE_PIXELS:
-            raise ValueError("too many pixels")
+        image = Image.open(path)
+    with image:
         if image.mode.startswith("I"):
             image = image.convert("I").point(lambda value: value * (1 / 256)).convert("L")
         return image.convert("RGB")
@@ -1197,7 +1204,7 @@ def open_datasets(name, root):
 
 
 def labels_of(dataset):
-    """All labels (n,) of a torchvision dataset, without reading its images."""
+    """All labels (n,) of a torchvision dataset, if it can be without reading its images."""
     if isinstance(dataset, torch.utils.data.Subset):
         return labels_of(dataset.dataset)[dataset.indices]
     for name in ("targets", "labels", "_labels"):
@@ -1227,23 +1234,27 @@ def balanced_subset(labels, per_class=None, holdout=0.0):
 
 
 def leave_signals(worker):
-    """A worker that reads images leaves Ctrl-C to the process that trains."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """A worker that reads images leaves signals to the process that trains, and ends with it."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 class Images(torch.utils.data.Dataset):
     """Chosen images of a torchvision dataset, square, as batches of uint8 on the device.
 
-    Small square pictures stay as they are, others are resized and cropped to 8/7 of img_size (256
-    for 224). Up to ON_DEVICE_BYTES they are read once and stay on the device; a larger set streams
-    through a DataLoader with `workers` processes, in the same order.
+    Where all are small squares of one size (sixteen are looked at) they stay as they are, else they
+    are resized and cropped to 8/7 of img_size (256 for 224). Up to ON_DEVICE_BYTES they are read
+    once and stay on the device; more streams through a DataLoader with `workers` processes.
     """
     dots, theta = False, {}                     # as a source of section 4
 
     def __init__(self, dataset, indices, img_size, device, workers):
         self.dataset, self.indices, self.side = dataset, indices.tolist(), img_size * 8 // 7
         self.labels, self.device, self.workers = labels_of(dataset)[indices], device, workers
-        self.side = self.read(0, small=True).shape[-1]
+        sizes = {self.read(i, lambda image: image.size)
+                 for i in range(0, len(self), -(-len(self) // 16))}
+        if len(sizes) == 1 and len(set(*sizes)) == 1:
+            self.side = min(self.side, *sizes.pop())
         self.on_device = len(indices) * 3 * self.side ** 2 <= ON_DEVICE_BYTES
         if self.on_device:
             batches = [images for images, _ in self.loader(batch_size=256)]
@@ -1258,18 +1269,10 @@ class Images(torch.utils.data.Dataset):
     def __len__(self):
         return len(self.indices)
 
-    def read(self, i, small=False):
-        """Image i -> uint8 (3, side, side); small: a square one of fewer pixels stays as it is."""
-        from torchvision.transforms import functional as T
+    def read(self, i, use):
+        """use(image i), an RGB PIL image."""
         try:
-            image = self.dataset[self.indices[i]][0].convert("RGB")
-            if image.size != (self.side, self.side) and not (
-                    small and image.width == image.height < self.side):
-                # what is far longer than wide is cut first, or resizing would blow it up
-                longest = 8 * min(image.size)
-                image = T.center_crop(image, [min(n, longest) for n in image.size[::-1]])
-                image = T.center_crop(T.resize(image, self.side, antialias=True), self.side)
-            return T.pil_to_tensor(image)
+            return use(self.dataset[self.indices[i]][0].convert("RGB"))
         except Exception as error:
             files = getattr(self.dataset, "samples", None)
             where = files[self.indices[i]][0] if files else f"image {self.indices[i]}"
@@ -1277,7 +1280,7 @@ class Images(torch.utils.data.Dataset):
                              "remove it") from None
 
     def __getitem__(self, i):
-        return self.read(i), self.labels[i]
+        return self.read(i, lambda image: square(image, self.side)), self.labels[i]
 
     def batches(self, index_lists):
         """For each tensor of indices: images uint8 (B, 3, side, side) and labels (B,)."""
@@ -1373,12 +1376,17 @@ def save_checkpoint(path, **content):
     replace_file(path, buffer.getbuffer())
 
 
-def load_checkpoint(path):
+def load_checkpoint(path, flag="--ckpt"):
     """Read our checkpoint, the authors' {"model": ...}, timm's {"state_dict": ...} or a bare state
     dict -> a dict with the weights under "model", and, if this version wrote it, "args".
 
     Only tensors and plain values are read (weights_only), never code, and none is believed.
     """
+    def sound(tensor):              # a counter of BatchNorm is the one that is whole
+        return (tensor.device.type == "cpu" and tensor.layout == torch.strided
+                and (tensor.is_floating_point() or tensor.dtype == torch.int64)
+                and bool(tensor.isfinite().all()))
+
     try:
         if zipfile.is_zipfile(path):                                # torch checks no sums
             with zipfile.ZipFile(path) as archive:
@@ -1387,18 +1395,18 @@ def load_checkpoint(path):
         with torch.serialization.safe_globals([argparse.Namespace]):            # plain settings
             content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
-        raise InputError(f"--ckpt {path}: no such file") from None
+        raise InputError(f"{flag} {path}: no such file") from None
     except Exception as error:
-        raise InputError(f"--ckpt {path}: not a readable checkpoint of plain tensors "
+        raise InputError(f"{flag} {path}: not a readable checkpoint of plain tensors "
                          f"({type(error).__name__})") from None
-    if isinstance(content, dict) and "model" not in content:
-        content = {"model": content.get("state_dict", content)}
-    state = content.get("model") if isinstance(content, dict) else None
-    if not isinstance(state, dict) or not state or not all(
-            isinstance(k, str) and isinstance(t, torch.Tensor) and t.is_floating_point()
-            and t.layout == torch.strided and t.isfinite().all() for k, t in state.items()):
-        raise InputError(f"--ckpt {path}: holds no state dict of a model, of finite numbers")
-    content["model"] = {k.removeprefix("module."): t for k, t in state.items()}
+    try:
+        content = content if "model" in content else {"model": content.get("state_dict", content)}
+        content["model"] = {k.removeprefix("module."): t for k, t in content["model"].items()}
+        good = content["model"] and all(map(sound, content["model"].values()))
+    except Exception:
+        good = False
+    if not good:
+        raise InputError(f"{flag} {path}: holds no state dict of a model, of finite numbers")
 
     args, whole = content.get("args"), lambda value: type(value) is int and 0 < value < 2 ** 31
     try:
@@ -1407,7 +1415,8 @@ def load_checkpoint(path):
                 and all(whole(args[name]) for name in ("img_size", "patch_size", "batch_size"))
                 and args["img_size"] % args["patch_size"] == 0
                 and type(content["seconds"]) is float and isinstance(content["optimizer"], dict)
-                and content["total"].shape == (2,) and content["total"].dtype == torch.float32)
+                and sound(content["total"]) and content["total"].shape == (2,)
+                and content["total"].dtype == torch.float32)
     except Exception:               # others keep other things there, or nothing
         ours = False
     if not ours:
@@ -1432,13 +1441,14 @@ def load_optimizer(optimizer, saved, path):
                          "--ckpt to start from its weights")
 
 
-def load_weights(model, state, path, head=False):
+def load_weights(model, state, source, head=False):
     """Copy a state dict into the model, the head only on demand: its classes are others. Position
-    embeddings are interpolated to the image size. InputError names every mismatch."""
+    embeddings are interpolated to the image size. InputError names the source, every mismatch."""
     own, state = model.state_dict(), dict(state)
     pos = state.get("pos_embed")
-    if pos is not None and pos.ndim == 3 and pos.shape[-1] == own["pos_embed"].shape[-1]:
-        state["pos_embed"] = resize_pos_embed(pos, own["pos_embed"].shape[1])
+    if pos is not None and pos.ndim == 3 and len(pos) == 1 and pos.shape[1] > 1 \
+            and pos.shape[2] == own["pos_embed"].shape[2]:
+        state["pos_embed"] = resize_pos_embed(pos.float(), own["pos_embed"].shape[1])
     if not head:
         state |= {name: own[name] for name in ("head.weight", "head.bias")}
     wrong = [f"{k} is missing" for k in own if k not in state]
@@ -1447,7 +1457,7 @@ def load_weights(model, state, path, head=False):
               if k in state and state[k].shape != own[k].shape]
     if wrong:
         more = f", and {len(wrong) - 3} more" if len(wrong) > 3 else ""
-        raise InputError(f"--ckpt {path}: does not fit --model, --img-size and --patch-size: "
+        raise InputError(f"{source}: does not fit --model, --img-size and --patch-size: "
                          f"{'; '.join(wrong[:3])}{more}")
     model.load_state_dict(state)
 
@@ -1488,15 +1498,17 @@ def join_team(device):
 
 @contextlib.contextmanager
 def signals_noted():
-    """SIGINT and SIGTERM leave their number in a list, for after the step; the second one acts."""
+    """SIGINT and SIGTERM leave their number in a list, for after the step; a second Ctrl-C acts."""
     noted, before = [], {}
 
     def note(number, frame):
         noted.append(number)
-        signal.signal(number, before[number])
+        if number == signal.SIGINT:
+            signal.signal(number, before[number])
 
     for number in (signal.SIGINT, signal.SIGTERM):
-        before[number] = signal.signal(number, note)
+        if signal.getsignal(number) != signal.SIG_IGN:              # as under nohup
+            before[number] = signal.signal(number, note)
     try:
         yield noted
     finally:
@@ -1538,7 +1550,7 @@ def train(args, team, model, batches, augment, steps, checkpoint=None, test=None
     optimizer = make_optimizer(model, args.optimizer, args.lr, args.weight_decay)
     total, seen = torch.zeros(2, device=team.device), 0             # since the last line of the log
     if checkpoint:
-        load_weights(model, checkpoint["model"], args.out, head=True)
+        load_weights(model, checkpoint["model"], f"--resume: {out / 'last.pt'}", head=True)
         load_optimizer(optimizer, checkpoint["optimizer"], out / "last.pt")
         total += checkpoint["total"].to(team.device)
         seen = checkpoint["seen"]
@@ -1610,23 +1622,28 @@ def train(args, team, model, batches, augment, steps, checkpoint=None, test=None
                                 seconds=time.perf_counter() - began, total=total.cpu(), seen=seen,
                                 args=json.loads(json.dumps(vars(args))),        # tuples, as lists
                                 optimizer=optimizer.state_dict())
-            if stopping and not last:
+            if stopping or (last and any_rank(bool(signals), team)):            # while it saved
+                if team.world > 1:
+                    torch.distributed.barrier()                     # till the first has saved
                 raise Stopped(f"stopped after step {done} of {steps}, saved in {out}; the same "
                               "command with --resume goes on", (signals or [signal.SIGTERM])[0])
     if lead:
+        records = read_log(out)
+        if not records:
+            raise InputError(f"--resume: {out} has weights, but its log.jsonl is gone")
         save_curve(out)
-        return read_log(out)[-1]
+        return records[-1]
 
 
 def read_log(out):
-    """The records of out/log.jsonl, up to one that was cut off or spoilt."""
+    """The records of out/log.jsonl, without what was cut off or spoilt."""
     file, records = out / "log.jsonl", []
     for line in file.read_text(errors="replace").split("\n")[:-1] if file.exists() else ():
         try:
             record = json.loads(line)
             record["step"] + record["images"]
         except (ValueError, TypeError, KeyError):
-            break
+            continue
         records.append(record)
     return records
 
@@ -1723,14 +1740,14 @@ def start_run(args, team):
     if args.resume:
         if not last.exists():
             raise InputError(f"--resume: there is no {last} to go on with; check --out")
-        checkpoint = load_checkpoint(last)
+        checkpoint = load_checkpoint(last, "--resume:")
         if "args" not in checkpoint:
             raise InputError(f"--resume: {last} holds weights, but no run of this version; give "
                              "them to --ckpt to start from them")
         for name, value in json.loads(json.dumps(vars(args))).items():
             saved = checkpoint["args"].get(name)
             if name == "precision":
-                args.precision = saved                              # it was measured, not given
+                args.precision = saved                              # on whatever machine it began
             elif (name == "ckpt" or name not in BESIDE) and value != saved:
                 raise InputError(f"--resume: --{name.replace('_', '-')} was {saved} in {out}, now "
                                  f"it is {value}; repeat the flags of that run")
@@ -1826,6 +1843,8 @@ def open_data(args, team):
             torch.distributed.barrier()
     labels = labels_of(train_set)
     chosen, held = balanced_subset(labels, args.train_per_class, args.holdout)
+    if not len(chosen):
+        raise InputError(f"--holdout {args.holdout}: leaves no image to train on")
     if args.holdout and not len(held):
         raise InputError(f"--holdout {args.holdout}: leaves no image of any class to test on")
     if not args.holdout:
@@ -1845,7 +1864,7 @@ def finetune(args, team):
     steps = math.ceil(args.epochs * len(images) / args.batch_size)
     model = make_model(args, team, classes, steps, f"{args.data}, {len(images)}")
     if args.ckpt and not checkpoint:
-        load_weights(model, load_checkpoint(args.ckpt)["model"], args.ckpt)
+        load_weights(model, load_checkpoint(args.ckpt)["model"], f"--ckpt {args.ckpt}")
     last = train_on(args, team, model, images, tests, classes, steps, checkpoint)
     add_record(args, last)
 
@@ -1931,7 +1950,7 @@ def probe(args, team):
         model = make_model(args, team, classes, steps, f"first {k} blocks frozen; {args.data}, "
                                                        f"{len(images)}")
         if args.ckpt:
-            load_weights(model, load_checkpoint(args.ckpt)["model"], args.ckpt)
+            load_weights(model, load_checkpoint(args.ckpt)["model"], f"--ckpt {args.ckpt}")
         model, began = Probe(model, k, classes).to(team.device), time.perf_counter()
         if args.classifier == "sgd":
             last = train_on(args, team, model, images, tests, classes, steps, checkpoint)
@@ -1989,8 +2008,7 @@ def show(args, team):
         columns = max(len(images) for _, images in rows)
         figure = Figure(figsize=(columns, len(rows) + 0.4), layout="constrained")
         for axis, (label, images) in zip(figure.subplots(len(rows), 1, squeeze=False)[:, 0], rows):
-            images = images.view(len(images), -1, *images.shape[-2:]).float()
-            images /= 2 * GREY if images.max() <= GREY else 255     # dots are drawn white
+            images = images.view(len(images), -1, *images.shape[-2:]).float() / 255
             axis.imshow(make_grid(images, columns, pad_value=0.5).permute(1, 2, 0).cpu())
             axis.set(xticks=[], yticks=[])
             axis.set_ylabel(label, rotation=0, ha="right", va="center")
@@ -2071,13 +2089,17 @@ def bench(args, team):
 
     def whole(**flags):
         with tempfile.TemporaryDirectory() as folder:
-            with open(os.devnull, "w") as quiet, contextlib.redirect_stdout(quiet):
-                pretrain(argparse.Namespace(**vars(args) | flags | dict(out=folder)), team)
+            try:
+                with open(os.devnull, "w") as quiet, contextlib.redirect_stdout(quiet):
+                    pretrain(argparse.Namespace(**vars(args) | flags | dict(out=folder)), team)
+            except Stopped:
+                raise KeyboardInterrupt from None                   # there is nothing to go on with
             return read_log(Path(folder))[-1]["images_per_s"]
 
     whole()                                                         # warms up
+    unit = 1 if sys.platform == "darwin" else 1024
     peak = torch.cuda.max_memory_allocated() if cuda else (
-        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)
     data = torch.ones(2, 2 ** 28, dtype=torch.uint8, device=device)
     copy = rate(lambda: data[0].copy_(data[1]), data.numel())
     dtype = torch.bfloat16 if args.precision == "bf16" else torch.float32
@@ -2094,7 +2116,7 @@ def bench(args, team):
     probs = base[:, :, :2].det().abs()
     row("render", "render 512 x 512, 100,000 points",
         rate(lambda: render_ifs(maps, 512, 100_000, "random", None, probs), len(maps)),
-        copy / (16 * 100_000 + 512 ** 2), "copying the points twice, the pixels once")
+        copy / (16 * 100_000 + 512 ** 2), "writing and reading the points, writing the pixels")
     with contextlib.redirect_stdout(None):
         model = make_model(args, team, args.L, args.steps, args.L)
     augment = make_augment(args, args.L, HALF, HALF, True)
@@ -2174,7 +2196,7 @@ class Parser(argparse.ArgumentParser):
 
 @functools.lru_cache
 def make_parser():
-    """All commands and flags; a number whose default is None comes from the recipe (`resolve`)."""
+    """All commands and flags; a number whose default is None comes from the recipe (`fill_in`)."""
     parser = Parser(prog="onepfrac.py", description=__doc__.split("\n\n")[0], allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     whole, rate = functools.partial(number, int), functools.partial(number, float)
@@ -2389,7 +2411,10 @@ def main(argv=None):
         print("onepfrac: --batch-size: the GPU's memory is full; lower it", file=sys.stderr)
         return 2
     except OSError as error:        # a full disk, a file where a folder should be, no permission
-        print(f"onepfrac: --out {args.out}: cannot be written ({error})", file=sys.stderr)
+        file = str(error.filename or args.out)
+        flags = [f"--{name} {value}" for name in ("record", "records", "root", "out")
+                 if (value := getattr(args, name, None)) and value in file]
+        print(f"onepfrac: {(*flags, '--out')[0]}: {error}", file=sys.stderr)
         return 2
     finally:
         if torch.distributed.is_available() and torch.distributed.is_initialized():

@@ -951,6 +951,59 @@ def test_what_is_not_finite_stops_the_run_and_is_not_saved(tmp_path, monkeypatch
     assert op.main([*flags, "--resume"]) == 0
 
 
+def test_a_probe_goes_on(pretrained, image_folder, tmp_path, monkeypatch):
+    flags = ["probe", "--ckpt", str(pretrained[0] / "last.pt"), "--data", "folder", "--root", str(image_folder),
+             "--layers", "1", "2", "--epochs", "1", "--batch-size", "16", "--workers", "0", *TINY]
+    assert op.main([*flags, "--out", str(tmp_path / "a")]) == 0
+    train_step, calls = op.train_step, []
+
+    def signalled(*inputs):
+        calls.append(0)
+        if len(calls) == 5:                                 # the last step of the first layer
+            os.kill(os.getpid(), signal.SIGTERM)
+        return train_step(*inputs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(op, "train_step", signalled)
+        assert op.main([*flags, "--out", str(tmp_path / "b")]) == 128 + signal.SIGTERM
+    assert len(calls) == 5 and not (tmp_path / "b" / "layer2").exists()
+    assert op.main([*flags, "--out", str(tmp_path / "b"), "--resume"]) == 0
+    for layer in ("layer1", "layer2"):
+        assert faults.same(*(faults.outcome(tmp_path / name / layer) for name in "ab"))
+
+
+def test_systems_far_away_or_beyond_all_numbers_are_drawn_or_left_blank():
+    wild = torch.tensor([[[1.5, 1.5, 1], [1.5, 1.5, 1]]] * 2)
+    far = torch.tensor([[[0.6, 0, 4], [0, 0.6, 4]], [[0.6, 0, 4 + 1e-6], [0, 0.6, 4]]])
+    images = op.render_ifs(torch.stack([wild, far]), 64, 2000, "point", seeded(0))
+    assert set(images.unique().tolist()) <= {0, 127} and (images[1] > 0).any()
+    with pytest.raises(ValueError):
+        op.render_ifs(wild[None] * math.nan, 64, 100)
+
+
+def test_small_pictures_stay_only_where_all_are_small(tmp_path):
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        for i in range(4):
+            size = 8 if (folder, i) == ("a", 0) else 60
+            Image.new("RGB", (size, size), (9, 9, 9)).save(tmp_path / folder / f"{i}.png")
+    dataset = op.open_folder(tmp_path)
+    assert op.Images(dataset, torch.arange(8), 28, torch.device("cpu"), 0).side == 32
+    (tmp_path / "a" / "0.png").unlink()
+    assert op.Images(op.open_folder(tmp_path), torch.arange(7), 64, torch.device("cpu"), 0).side == 60
+
+
+def test_half_precision_and_hostile_position_embeddings(tmp_path):
+    donor = op.ViT(32, 4, 9, *op.MODELS["vit_nano"])
+    torch.save(donor.half().state_dict(), tmp_path / "half.pt")
+    model = op.ViT(16, 4, 9, *op.MODELS["vit_nano"])
+    op.load_weights(model, op.load_checkpoint(tmp_path / "half.pt")["model"], "half.pt")
+    assert (model.blocks[0].mlp.fc1.weight == donor.blocks[0].mlp.fc1.weight.float()).all()
+    for pos in (torch.zeros(1, 0, 96), torch.zeros(1, 1, 96), torch.zeros(2, 5, 96), torch.zeros(3)):
+        with pytest.raises(op.InputError, match="pos_embed is"):
+            op.load_weights(model, model.state_dict() | {"pos_embed": pos}, "x.pt")
+
+
 def test_an_older_or_a_foreign_run_is_named(tmp_path, capsys):
     flags = ["pretrain", "--L", "4", "--steps", "2", "--batch-size", "8", "--canvas", "32", "--points", "500", *TINY,
              "--out", str(tmp_path)]

@@ -125,8 +125,8 @@ def table(args):
     for name in args.names:
         if name not in known:
             raise op.InputError(f"NAME {name}: there is no such table; there are {', '.join(known)}")
-    lines = path.read_text().splitlines() if path.exists() else []
     try:
+        lines = path.read_text().splitlines() if path.exists() else []
         records = [json.loads(line) for line in lines]
         whole = all({"recipe", "seed", "seconds", "test_top1", "device", "commit", "pretrain",
                      "settings"} <= set(r) for r in records)
