@@ -211,7 +211,7 @@ def memory(args, images=21_000):
 
     def peak(*sizes):
         command = [sys.executable, "-c", program.format(str(Path(__file__).parent), *sizes)]
-        return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+        return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1])
 
     result = {}
     for size, points in ((512, 100_000), (128, 20_000)):
