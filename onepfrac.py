@@ -1711,7 +1711,7 @@ def make_model(args, team, num_classes, steps, images):
               f"peak lr {args.lr:g}, warm-up {round(args.warmup * steps)} steps, weight decay "
               f"{args.weight_decay:g}; run folder {args.out}", flush=True)
     if team.device.type == "cuda" and importlib.util.find_spec("triton"):
-        model.compile()     # half a minute at its first step; a CPU would gain less than it waits
+        model.compile()     # half a minute, once; on a CPU it would need a C++ compiler
     return model.to(team.device)
 
 
