@@ -48,6 +48,7 @@ def forked(arguments, seconds=None, number=signal.SIGKILL, largest=None):
             os.dup2(writer, 1)
             os.dup2(writer, 2)
             sys.stdout = sys.stderr = open(1, "w", buffering=1, closefd=False)
+            signal.signal(signal.SIGINT, signal.default_int_handler)            # ignored in a background
             if largest is not None:
                 resource.setrlimit(resource.RLIMIT_FSIZE, (largest, resource.RLIM_INFINITY))
             status = op.main([str(a) for a in arguments])
