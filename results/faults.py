@@ -129,13 +129,14 @@ def stops(count, rng, folder):
             out = folder / f"{stage}-{stopped}"
             number = rng.choice((signal.SIGINT, signal.SIGTERM))
             status, output = forked([*arguments, "--out", out], rng.uniform(0.1, 0.9) * seconds, number)
-            if status == 128 + number:
+            if status == 128 + number and "onepfrac: interrupted" not in output:    # before or after the training
                 stopped += 1
                 untidy += "--resume goes on" not in output or "Traceback" in output
                 status, output = forked([*arguments, "--out", out, "--resume"])
                 other += status != 0 or not same(outcome(out), outcome(whole))
             elif status not in (0, 130, -signal.SIGTERM):           # done before, or nothing to save yet
                 untidy += 1
+                print(stage, status, output[-1500:], file=sys.stderr)
             shutil.rmtree(out, ignore_errors=True)
         found[stage] = dict(stopped_and_resumed=stopped, other_bits=other, untidy=untidy)
     return found
