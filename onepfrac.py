@@ -1788,12 +1788,13 @@ def add_record(args, last, **more):
                                      "decay") if k in last}
 
     def git(*words):
-        done = subprocess.run(["git", *words], capture_output=True, text=True, check=False,
+        return subprocess.run(["git", *words], capture_output=True, text=True, check=False,
                               cwd=Path(__file__).resolve().parent)
-        return "-dirty" if done.returncode else done.stdout.strip()
 
     try:
-        commit = git("describe", "--always") + git("diff", "--quiet", "HEAD", "--", "onepfrac.py")
+        head = git("describe", "--always")
+        changed = bool(git("diff", "--quiet", "HEAD", "--", "onepfrac.py").returncode)
+        commit = None if head.returncode else head.stdout.strip() + "-dirty" * changed
     except OSError:                                                 # there is no git
         commit = None
     record = dict(command=args.command, recipe=args.recipe, seed=args.seed, **more, **measured,
