@@ -1371,6 +1371,7 @@ def replace_file(path, data):
 
 
 def save_checkpoint(path, **content):
+    """Tensors and plain values to a file that is whole at any moment. OSError on a full disk."""
     buffer = io.BytesIO()
     torch.save(content, buffer)
     replace_file(path, buffer.getbuffer())
@@ -2054,6 +2055,7 @@ def show(args, team):
 
 
 def device_name(device):
+    """What a record says of the machine: kind of device, processor, threads."""
     processor = torch.cuda.get_device_name() if device == "cuda" else platform.machine()
     return f"{device} ({processor}, {torch.get_num_threads()} threads)"
 
