@@ -287,13 +287,13 @@ def ifs_coverage(maps, size, points, texture, probs=None, generator=None, trim=T
     numbers, dots = IN_FLIGHT.get(maps.device.type, IN_FLIGHT["cpu"])
     group = max(1, numbers // (2 * points + 6 * j.shape[1]))
     few = max(1, dots // (points + size ** 2))
-    for members, j, covered in zip(maps.split(group), j.split(group), coverage.split(group)):
+    for members, table, covered in zip(maps.split(group), j.split(group), coverage.split(group)):
         square, det = members[..., :2].square().sum((2, 3)), members[..., :2].det()
         expands = ((square > 1 + det ** 2) | (square > 2)).any(1)   # a singular value above 1
-        orbits = chaos_game(members, j, starts, orbits)
-        for points, wide, out in zip(orbits.flatten(2).split(few, 1), expands.split(few),
-                                     covered.split(few)):
-            hits = rasterize(points, size, *bounding_box(points, wide, trim))
+        orbits = chaos_game(members, table, starts, orbits)
+        for cloud, wide, out in zip(orbits.flatten(2).split(few, 1), expands.split(few),
+                                    covered.split(few)):
+            hits = rasterize(cloud, size, *bounding_box(cloud, wide, trim))
             out.copy_(hits) if texture == "point" else dilate(hits, out=out)
     return coverage
 
