@@ -31,6 +31,7 @@ import json
 import math
 import os
 import platform
+import random
 import signal
 import subprocess
 import sys
@@ -262,10 +263,11 @@ def stamp(images, texture, generator=None):
     if texture != "random":
         return images
     # Eight coins from each random byte: 1/2 for 256/511, and an eighth of the random numbers.
-    bit = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8, device=images.device)
-    draws = 16 * images[0].numel() // 64 + 1                        # also for a short last group
-    for group in images.split(16):                                  # pieces that stay in the cache
-        draw = torch.empty(draws, dtype=torch.int64, device=images.device)
+    bit = 2 ** torch.arange(8, dtype=torch.uint8, device=images.device)
+    pixels = images[0].numel()
+    few = max(1, 2 ** 22 // pixels)                                 # pieces that stay in the cache
+    for group in images.split(few):                                 # as much for a short last one
+        draw = torch.empty(-(-few * pixels // 64), dtype=torch.int64, device=images.device)
         draw = draw.random_(-2 ** 63, None, generator=generator).view(torch.uint8)
         coin = (draw & bit[:, None]).ne_(0)
         group.mul_(coin.view(-1)[:group.numel()].view_as(group))
@@ -426,7 +428,7 @@ class Drawn:
 
     def batches(self, index_lists):
         for i in index_lists:
-            at = i.to(self.labels.device)
+            at = i.to(self.labels.device, non_blocking=True)
             yield self.images.index_select(0, at) if self.stored else self.draw(i), self.labels[at]
 
 
@@ -712,54 +714,65 @@ SOURCES = {"fractal": fractal_source, "rcdb": contour_source, "va": contour_sour
 # ==================================================================================================
 # 5 · Augmentation: DeiT's, per sample, on a batch that is already on the device
 #
-# Geometry is linear algebra. A crop, with its flips, is one resampling matrix for the rows and one
-# for the columns: out = R_y @ image @ R_x^T. And RandAugment's fifteen operations are three:
-# six are tables of 256 entries, four are blends with a degenerate image, five are 2x3 matrices.
-# Mixup and cutmix are one formula with two masks. Inside, images are floats that hold 0..255.
+# What happens to each image is drawn on the CPU: so nobody has to ask the device, and no image pays
+# for an operation that another one drew. The pixels stay on the device.
+# A crop, with its flips, is two resamplings, of rows and then of columns. And RandAugment's fifteen
+# operations are three: six are tables of 256 entries, four are blends with a degenerate image, five
+# are 2x3 matrices. Inside, images are floats that hold 0..255.
 # ==================================================================================================
 
-def resample_matrix(start, length, size_in, size_out, flip):
-    """Antialiased cubic resampling of [start, start + length) as matrices (B, size_out, size_in).
+def alongside(x, *tensors):
+    """CPU tensors on the device of x. Without waiting: a GPU takes them when it comes to it."""
+    return [t.to(x.device, non_blocking=True) for t in tensors]
 
-    start, length, flip: (B,). Keys' kernel with a = -0.5, widened when shrinking, cut off outside
-    the box and normalised, as Pillow and torchvision's resize(antialias=True) do it.
+
+def resample_rows(x, start, length, size):
+    """Antialiased cubic resampling of the rows [start, start + length) of each image:
+    (B, C, H, W) -> (B, C, size, W).
+
+    start, length (B,): whole pixels; a negative length reads backwards, which flips. Keys' kernel,
+    a = -0.5, widened when shrinking, cut off outside the box and normalised, as in Pillow and in
+    torchvision's resize(antialias=True).
     """
-    grid = torch.arange(size_out, device=start.device) + 0.5
-    scale = (length / size_out)[:, None]                            # input pixels per output pixel
-    centre = start[:, None] + grid * scale
-    centre = torch.where(flip[:, None], centre.flip(1), centre)     # (B, out)
-    pixel = torch.arange(size_in, device=start.device) + 0.5
-    d = (pixel - centre[..., None]).mul_(1 / scale.clamp(min=1)[..., None]).abs_()  # (B, out, in)
-    # With u = max(2 - d, 0) and v = max(u - 1, 0) the kernel's two pieces are one polynomial:
-    # u^2 (u - 1) / 2 + v^2 (1 - 2 v).
+    B, C, H, W = x.shape
+    start, length = start[:, None], length[:, None]
+    scale = length / size                                           # rows in for each row out
+    centre = start + (torch.arange(size, device=x.device) + 0.5) * scale        # (B, size)
+    width = scale.abs().clamp(min=1)
+    taps = min(H, math.ceil(4 * max(1, H / size)))                  # rows under the widest kernel
+    first = (centre - 2 * width - 0.5).ceil_().clamp_(0, H - taps)
+    row = first[..., None] + torch.arange(taps, device=x.device)    # (B, size, taps)
+    d = (row - (centre - 0.5)[..., None]).div_(width[..., None]).abs_()
+    # With u = max(2 - d, 0) and v = max(u - 1, 0) the kernel's two pieces are one polynomial.
     u = (2 - d).clamp_(min=0)
-    outer = u - 1
-    v = outer.clamp(min=0)
-    square = v * v
-    weight = torch.addcmul(square, square, v, value=-2).add_(outer.mul_(u).mul_(u), alpha=0.5)
-    weight *= (pixel > start[:, None, None]) & (pixel < (start + length)[:, None, None])
-    return weight.div_(weight.sum(2, keepdim=True))
+    v = (u - 1).clamp_(min=0)
+    weight = u * u * (u - 1) + v * v * (2 - 4 * v)                  # twice the kernel
+    middle = start + (length - 1) / 2
+    weight *= (row - middle[..., None]).abs_() < length.abs()[..., None] / 2    # in the box
+    weight /= weight.sum(-1, keepdim=True)
+    # A weighted sum of some rows of a matrix: language models know it as an embedding bag.
+    image = torch.arange(B * C, device=x.device).view(B, C, 1, 1)
+    row, weight = row.long()[:, None] + H * image, weight[:, None].expand(B, C, size, taps)
+    return F.embedding_bag(row.view(-1, taps), x.reshape(B * C * H, W), mode="sum",
+                           per_sample_weights=weight.reshape(-1, taps)).view(B, C, size, W)
 
 
-def random_boxes(B, size, scale, ratio, generator, device, tries=10):
-    """torchvision's RandomResizedCrop.get_params, batched -> top, left, height, width (B,) floats.
+def random_boxes(B, size, scale, ratio, generator, tries=10):
+    """torchvision's RandomResizedCrop.get_params, batched -> start, length (2, B): rows, columns.
 
     Area U(scale) of size x size, log-uniform aspect in `ratio`, whole pixels; of ten tries the
     first that fits, else the whole image.
     """
-    def uniform(low, high):
-        return low + (high - low) * torch.rand(B, tries, generator=generator, device=device)
+    def uniform(low, high, *shape):
+        return low + (high - low) * torch.rand(shape, generator=generator)
 
-    area = uniform(*scale) * size * size
-    aspect = uniform(math.log(ratio[0]), math.log(ratio[1])).exp()
-    width, height = (area * aspect).sqrt().round(), (area / aspect).sqrt().round()
-    fits = (width <= size) & (height <= size) & (width >= 1) & (height >= 1)
-    pick = fits.int().argmax(1, keepdim=True)                       # the first that fits
-    width, height = (torch.where(fits.gather(1, pick), x.gather(1, pick), size)[:, 0]
-                     for x in (width, height))
-    where = torch.rand(2, B, generator=generator, device=device)
-    top, left = (where[0] * (size - height + 1)).floor(), (where[1] * (size - width + 1)).floor()
-    return top, left, height, width
+    area = uniform(*scale, B, tries) * size * size
+    aspect = uniform(math.log(ratio[0]), math.log(ratio[1]), B, tries).exp()
+    length = torch.stack([area / aspect, area * aspect]).sqrt().round()         # (2, B, tries)
+    fits = ((length >= 1) & (length <= size)).all(0)
+    first = fits.int().argmax(1, keepdim=True)
+    length = torch.where(fits, length, size).gather(2, first.expand(2, B, 1))[..., 0]
+    return (uniform(0, 1, 2, B) * (size - length + 1)).floor(), length
 
 
 TABLE_OPS = ("autocontrast", "equalize", "invert", "posterize", "solarize", "solarize_add")
@@ -771,85 +784,82 @@ OPS = TABLE_OPS + BLEND_OPS + AFFINE_OPS
 def apply_tables(x, op, level):
     """Look each pixel up in its sample's table. x (B, C, H, W), op (B,), level (B,) in 0..1."""
     B, C, H, W = x.shape
-    pixel = x.long().reshape(B * C, H * W)
-    histogram = x.new_zeros(B * C, 256).scatter_add_(1, pixel, x.new_ones(()).expand(pixel.shape))
-    i = torch.arange(256., device=x.device).expand(B * C, 256)
-    op, level = (t.repeat_interleave(C)[:, None] for t in (op, level))          # (B * C, 1)
+    pixel, i = x.flatten(2).long(), torch.arange(256., device=x.device)
+    histogram = x.new_zeros(B, C, 256).scatter_add_(2, pixel, x.new_ones(()).expand(pixel.shape))
+    low, high = (m(x, (2, 3)).unsqueeze(2) for m in (torch.amin, torch.amax))   # (B, C, 1)
+    level = level.view(B, 1, 1)
 
-    low, high = (m.view(B * C, 1) for m in (x.amin((2, 3)), x.amax((2, 3))))
     stretch = 255 / (high - low).clamp(min=1)
     autocontrast = torch.where(high > low, (i * stretch - low * stretch).clamp(0, 255).floor(), i)
 
-    brightest = histogram.gather(1, high.long())
+    brightest = histogram.gather(2, high.long())
     step = ((H * W - brightest) / 255).floor()                      # Pillow's integer equalisation
-    below = histogram.cumsum(1) - histogram
+    below = histogram.cumsum(2) - histogram
     equalize = ((step / 2).floor() + below) / step.clamp(min=1)
-    equalize = torch.where(step > 0, equalize.floor().clamp(0, 255), i)
+    equalize = torch.where(step > 0, equalize.floor().clamp(max=255), i)
 
     grain = 2. ** (4 + (level * 4).floor())                         # posterize to 4 .. 0 bits
     threshold, add = 256 - (level * 256).floor(), (level * 110).floor()
-    tables = (autocontrast, equalize, 255 - i, (i / grain).floor() * grain,
-              torch.where(i < threshold, i, 255 - i),
-              torch.where(i < 128, (i + add).clamp(max=255), i))
-    table = i
-    for k, new in enumerate(tables):
-        table = torch.where(op == k, new, table)
-    return table.gather(1, pixel).view(B, C, H, W)
+    tables = torch.stack(torch.broadcast_tensors(
+        autocontrast, equalize, 255 - i, (i / grain).floor() * grain,
+        torch.where(i < threshold, i, 255 - i),
+        torch.where(i < 128, (i + add).clamp(max=255), i)), 1)      # (B, 6, C, 256)
+    table = tables[torch.arange(B, device=x.device), op]            # (B, C, 256)
+    return table.gather(2, pixel).view(B, C, H, W)
 
 
 def to_grey(x):
     """ITU-R 601 luma as Pillow rounds it: (B, C, H, W) -> (B, 1, H, W); grey images pass."""
     if x.shape[1] == 1:
         return x
-    weight = x.new_tensor([19595, 38470, 7471]).view(1, 3, 1, 1)
-    return ((x * weight).sum(1, keepdim=True) / 65536 + 0.5).floor()
+    red, green, blue = x.split(1, 1)
+    return ((19595 * red + 38470 * green + 7471 * blue) / 65536 + 0.5).floor()
 
 
 def blend(x, op, factor):
     """degenerate + factor (x - degenerate): op (B,) indexes BLEND_OPS, factor (B,) 1 is x."""
     grey = to_grey(x)
-    smooth = x.clone()                                              # [[1,1,1],[1,5,1],[1,1,1]] / 13
-    inner = x[..., 1:-1, 1:-1]
+    smooth, inner = x.clone(), x[..., 1:-1, 1:-1]                   # [[1,1,1],[1,5,1],[1,1,1]] / 13
     rows = x[..., :-2, :] + x[..., 1:-1, :] + x[..., 2:, :]
     ring = rows[..., :-2] + rows[..., 1:-1] + rows[..., 2:]
     smooth[..., 1:-1, 1:-1] = ((ring + 4 * inner) / 13 + 0.5).floor()
     mean = (grey.mean((2, 3), keepdim=True) + 0.5).floor()
     op, factor = op.view(-1, 1, 1, 1), factor.view(-1, 1, 1, 1)
-    degenerate = torch.where(op == 1, grey, torch.where(op == 2, mean, 0 * mean)).expand_as(x)
+    degenerate = torch.where(op == 1, grey, mean * (op == 2))
     degenerate = torch.where(op == 3, smooth, degenerate)
-    return (degenerate + factor * (x - degenerate)).clamp(0, 255).floor()
+    return torch.lerp(degenerate, x, factor).clamp_(0, 255).floor_()
 
 
 def apply_affine(x, op, level, fill=128):
     """Rotate 30, shear 0.3, translate 0.45, each times level (B,) -1..1; bilinear, grey fill."""
-    a, zero, one = level * math.radians(30), torch.zeros_like(level), torch.ones_like(level)
-    f, shift = 0.3 * level, 0.9 * level                             # 0.45 of a width of 2
-    rows = {"rotate": (a.cos(), -a.sin(), zero, a.sin(), a.cos(), zero),
-            "shear_x": (one, f, f, zero, one, zero),                # shears start at the corner
-            "shear_y": (one, zero, zero, f, one, f),
-            "translate_x": (one, zero, shift, zero, one, zero),
-            "translate_y": (one, zero, zero, zero, one, shift)}
-    theta = torch.stack((one, zero, zero, zero, one, zero), 1)
-    for k, name in enumerate(AFFINE_OPS):
-        theta = torch.where((op == k)[:, None], torch.stack(rows[name], 1), theta)
+    most, = alongside(x, torch.tensor([math.radians(30), 0.3, 0.3, 0.9, 0.9]))  # of a width of 2
+    chosen = op[:, None] == torch.arange(5, device=x.device)
+    angle, shear_x, shear_y, right, down = (chosen * most * level[:, None]).unbind(1)   # (B,) each
+    cos, sin = angle.cos(), angle.sin()
+    theta = torch.stack([cos, shear_x - sin, shear_x + right,       # shears start at the corner
+                         sin + shear_y, cos, shear_y + down], 1).view(-1, 2, 3, 1, 1)
     row, column = ((torch.arange(n, device=x.device) + 0.5) * (2 / n) - 1 for n in x.shape[2:])
-    theta = theta.view(-1, 2, 3, 1, 1)
     grid = theta[:, :, 0] * column + (theta[:, :, 1] * row[:, None] + theta[:, :, 2])
     x = F.grid_sample(x - fill, grid.permute(0, 2, 3, 1), align_corners=False)  # (B, H, W, 2)
-    return (x + fill + 0.5).floor()
+    return x.add_(fill + 0.5).floor_()
 
 
 def apply_op(x, op, magnitude, sign):
     """One RandAugment operation per sample: x (B, C, H, W) floats holding 0..255, op (B,) indexes
-    OPS (len(OPS): none), magnitude (B,) in 0..10, sign (B,) +-1. Scales of timm's "increasing" set.
+    OPS (len(OPS): none), magnitude (B,) in 0..10, sign (B,) +-1; these three on the CPU. Scales of
+    timm's "increasing" set.
     """
-    level = magnitude / 10
-    first_blend, first_affine = len(TABLE_OPS), len(TABLE_OPS) + len(BLEND_OPS)
-    x = apply_tables(x, op, level)
-    is_blend = (op >= first_blend) & (op < first_affine)
-    factor = torch.where(is_blend, (1 + 0.9 * sign * level).clamp(min=0.1), 1.0)
-    x = blend(x, op - first_blend, factor)
-    return apply_affine(x, op - first_affine, sign * level)
+    level, first = magnitude / 10, 0
+    for names, function, amount in (
+            (TABLE_OPS, apply_tables, level),
+            (BLEND_OPS, blend, (1 + 0.9 * sign * level).clamp(min=0.1)),
+            (AFFINE_OPS, apply_affine, sign * level)):
+        some = ((op >= first) & (op < first + len(names))).nonzero()[:, 0]
+        if len(some):
+            at, which, by = alongside(x, some, op[some] - first, amount[some])
+            x = x.index_copy(0, at, function(x.index_select(0, at), which, by))
+        first += len(names)
+    return x
 
 
 class Augment:
@@ -858,7 +868,7 @@ class Augment:
     images (B, C, S, S) or (B, S, S) uint8, grey or RGB, and labels (B,) on one device -> normalised
     (B, 3, img_size, img_size) floats and soft targets (B, num_classes). With every switch off it
     resizes and normalises: the evaluation transform. flip: probabilities (horizontal, vertical);
-    jitter acts only where randaug is off, as in timm. generator: on the device.
+    jitter acts only where randaug is off, as in timm. generator: on the CPU.
     """
 
     def __init__(self, img_size, num_classes, crop=True, aspect=True, crop_scale=(0.08, 1.0),
@@ -871,8 +881,8 @@ class Augment:
         self.mixup, self.cutmix, self.smoothing = mixup, cutmix, smoothing
         self.mean, self.std = mean, std
 
-    def rand(self, x, *shape):
-        return torch.rand(shape, generator=self.generator, device=x.device)
+    def rand(self, *shape):
+        return torch.rand(shape, generator=self.generator)
 
     def __call__(self, images, labels):
         x = (images if images.ndim == 4 else images[:, None]).float()       # (B, C, S, S)
@@ -881,9 +891,8 @@ class Augment:
             x = self.rand_augment(x)
         if self.jitter:
             x = self.color_jitter(x)
-        x = x.expand(-1, 3, -1, -1)                                 # grey was one channel till here
-        x = (x - x.new_tensor(self.mean).view(3, 1, 1) * 255) / (
-            x.new_tensor(self.std).view(3, 1, 1) * 255)
+        mean, std = alongside(x, *255 * torch.tensor([self.mean, self.std]).view(2, 3, 1, 1))
+        x = (x - mean) / std                                        # grey was one channel till here
         if self.erase:
             x = self.random_erase(x)
         rest = self.smoothing / self.num_classes
@@ -896,69 +905,68 @@ class Augment:
     def resized_crop(self, x):
         """RandomResizedCrop and flips: (B, C, S, S) -> (B, C, img_size, img_size), rounded."""
         B, _, S, _ = x.shape
+        start, length = torch.zeros(2, B), torch.full((2, B), float(S))
         if self.crop:
-            top, left, height, width = random_boxes(B, S, self.crop_scale, self.ratio,
-                                                    self.generator, x.device)
-        else:
-            top = left = x.new_zeros(B)
-            height = width = x.new_full((B,), S)
-        flip_x, flip_y = self.rand(x, B) < self.flip[0], self.rand(x, B) < self.flip[1]
-        rows = resample_matrix(top, height, S, self.img_size, flip_y)[:, None]    # (B, 1, out, S)
-        columns = resample_matrix(left, width, S, self.img_size, flip_x)[:, None]
-        x = rows @ x @ columns.transpose(2, 3)
-        return x.clamp(0, 255).add(0.5).floor()
+            start, length = random_boxes(B, S, self.crop_scale, self.ratio, self.generator)
+        flip = self.rand(2, B) < torch.tensor(self.flip[::-1])[:, None]         # rows, columns
+        box = torch.stack([start + flip * length, torch.where(flip, -length, length)])
+        for start, length in zip(*alongside(x, *box)):              # of the rows, of the columns
+            x = resample_rows(x, start, length, self.img_size).transpose(2, 3)
+        return x.contiguous().clamp_(0, 255).add_(0.5).floor_()
 
     def rand_augment(self, x, layers=2, magnitude=9.0, std=0.5):
         """timm's rand-m9-mstd0.5-inc1: two of fifteen operations, each with probability 0.5."""
         B = len(x)
         for _ in range(layers):
-            op = torch.randint(len(OPS), (B,), generator=self.generator, device=x.device)
-            op = torch.where(self.rand(x, B) < 0.5, op, len(OPS))
-            noise = torch.randn(B, generator=self.generator, device=x.device)
-            sign = (self.rand(x, B) < 0.5).float() * 2 - 1
+            op = torch.randint(len(OPS), (B,), generator=self.generator)
+            op = torch.where(self.rand(B) < 0.5, op, len(OPS))
+            noise = torch.randn(B, generator=self.generator)
+            sign = (self.rand(B) < 0.5).float() * 2 - 1
             x = apply_op(x, op, (magnitude + std * noise).clamp(0, 10), sign)
         return x
 
     def color_jitter(self, x):
         """Brightness, saturation, contrast by U(1 - jitter, 1 + jitter), in an order per sample."""
         B = len(x)
-        order = self.rand(x, B, 3).argsort(1)                       # of the first three BLEND_OPS
-        factor = 1 + self.jitter * (2 * self.rand(x, B, 3) - 1)
+        order = self.rand(B, 3).argsort(1)                          # of the first three BLEND_OPS
+        factor = 1 + self.jitter * (2 * self.rand(B, 3) - 1)
+        order, factor = alongside(x, order, factor)
         for k in range(3):
             x = blend(x, order[:, k], factor[:, k])
         return x
 
     def random_erase(self, x):
         """A box of 2% to a third of the area becomes N(0, 1) a pixel. Zhong et al., pixel mode."""
-        B, _, S, _ = x.shape
-        top, left, height, width = (t.view(B, 1, 1, 1) for t in random_boxes(
-            B, S, (0.02, 1 / 3), (0.3, 1 / 0.3), self.generator, x.device))
-        chosen = self.rand(x, B, 1, 1, 1) < self.erase
-        at = torch.arange(S, device=x.device)
-        row, column = at.view(S, 1), at.view(1, S)
-        inside = ((row >= top) & (row < top + height) & (column >= left) & (column < left + width))
-        noise = torch.randn(x.shape, generator=self.generator, device=x.device)
-        return torch.where(inside & chosen, noise, x)
+        B, C, S, _ = x.shape
+        start, length = random_boxes(B, S, (0.02, 1 / 3), (0.3, 1 / 0.3), self.generator)
+        length *= self.rand(B) < self.erase
+        pixel, start = torch.arange(S), start[..., None]
+        inside = (pixel >= start) & (pixel < start + length[..., None])         # (2, B, S)
+        rows, columns = alongside(x, *inside)
+        seed = int(torch.randint(2 ** 31, (), generator=self.generator))
+        noise = torch.randn(C * int(length.prod(0).sum()), device=x.device,     # for these pixels
+                            generator=torch.Generator(x.device).manual_seed(seed))
+        return x.masked_scatter_(rows[:, None, :, None] & columns[:, None, None], noise)
 
     def mix(self, x, target):
-        """Mixup and cutmix as one: m x + (1 - m) x.flip(0), m a constant or a box of zeros.
+        """Mixup, lambda x + (1 - lambda) x.flip(0), or cutmix, a box of x.flip(0) in x.
 
-        One lambda per batch, each chosen with probability 0.5 where both are on; the target's
-        weight is the mean of m, cutmix's lambda after the box was cut off at the border.
+        One lambda ~ Beta per batch; each way with probability 0.5 where both are on. The target's
+        weight after cutmix is what the box, cut off at the border, has left of the image.
         """
-        S = x.shape[-1]
-        both = self.mixup and self.cutmix
-        use_cutmix = self.rand(x) < (0.5 if both else float(bool(self.cutmix)))
-        alpha = torch.where(use_cutmix, float(self.cutmix or 1), float(self.mixup or 1))
-        u, v = self.rand(x, 2, 64) ** (1 / alpha)                   # Johnk: Beta(alpha, alpha) by
-        first = (u + v <= 1).int().argmax()                         # rejection, without a sync
-        lam = (u / (u + v).clamp(min=1e-12)).index_select(0, first[None])[0]
-        centre, side = (self.rand(x, 2) * S).floor(), ((1 - lam).sqrt() * S).floor()
-        at = torch.arange(S, device=x.device)
-        low, high = centre - (side / 2).floor(), centre + (side / 2).floor()
-        row, column = ((at >= low[k]) & (at < high[k]) for k in (0, 1))
-        m = torch.where(use_cutmix, 1 - (row[:, None] & column[None]).float(), lam)   # (S, S)
-        return m * x + (1 - m) * x.flip(0), m.mean() * target + (1 - m.mean()) * target.flip(0)
+        S, other = x.shape[-1], x.flip(0)
+        cut = bool(self.cutmix and (not self.mixup or self.rand() < 0.5))
+        alpha = self.cutmix if cut else self.mixup
+        seed = int(torch.randint(2 ** 31, (), generator=self.generator))
+        lam = random.Random(seed).betavariate(alpha, alpha)
+        if cut:
+            half, centre = int(math.sqrt(1 - lam) * S) // 2, (self.rand(2) * S).int().tolist()
+            rows, columns = (slice(max(0, c - half), c + half) for c in centre)
+            x[:, :, rows, columns] = other[:, :, rows, columns]
+            lam = 1 - x[0, 0, rows, columns].numel() / S ** 2
+        else:
+            x = torch.lerp(other, x, lam)
+        return x, torch.lerp(target.flip(0), target, lam)
 
 
 # ==================================================================================================
@@ -1286,7 +1294,7 @@ class Images(torch.utils.data.Dataset):
         """For each tensor of indices: images uint8 (B, 3, side, side) and labels (B,)."""
         if self.on_device:
             for i in index_lists:
-                at = i.to(self.device)
+                at = i.to(self.device, non_blocking=True)
                 yield self.images.index_select(0, at), self.labels[at]
             return
         for images, labels in self.loader(batch_sampler=index_lists):
@@ -1556,7 +1564,7 @@ def train(args, team, model, batches, augment, steps, checkpoint=None, test=None
         total += checkpoint["total"].to(team.device)
         seen = checkpoint["seen"]
     network = nn.parallel.DistributedDataParallel(model) if team.world > 1 else model
-    augment.generator = torch.Generator(team.device)
+    augment.generator = torch.Generator()
     best = max([r["test_top1"] for r in read_log(out) if "test_top1" in r], default=0.0)
     lead = team.rank == 0                                           # the one that writes and prints
     began = time.perf_counter() - (checkpoint["seconds"] if checkpoint else 0)

@@ -468,7 +468,7 @@ def test_crop_agrees_with_torchvision(out, monkeypatch):
     image = photograph(64)
     boxes = [(0, 0, 64, 64), (3, 7, 40, 50), (30, 20, 11, 13), (5, 0, 59, 20)]   # top left h w
     x = image.expand(len(boxes), -1, -1, -1)
-    monkeypatch.setattr(op, "random_boxes", lambda *a, **k: torch.tensor(boxes).float().T)
+    monkeypatch.setattr(op, "random_boxes", lambda *a, **k: torch.tensor(boxes).float().T.view(2, 2, -1))
     for flip in ((0, 0), (1, 0), (0, 1)):
         augment = op.Augment(out, 2, **{**OFF, "crop": True, "flip": flip}, mean=(0,) * 3, std=(1,) * 3)
         ours = augment(x, torch.zeros(len(boxes), dtype=torch.long))[0]
@@ -479,18 +479,23 @@ def test_crop_agrees_with_torchvision(out, monkeypatch):
             assert (mine - theirs).abs().mean() < 1 / 255 and (mine - theirs).abs().max() < 1.01 / 255
 
 
-def test_resampling_matrices_agree_with_torchvision_to_rounding_errors():
-    image = torch.rand(1, 1, 64, 64)
-    rows, columns = (op.resample_matrix(torch.tensor([a]), torch.tensor([n]), 64, 20,
-                                        torch.tensor([False])) for a, n in ((3., 57.), (10., 31.)))
-    theirs = T.resized_crop(image, 3, 10, 57, 31, (20, 20), T.InterpolationMode.BICUBIC, antialias=True)
-    assert (rows @ image[0] @ columns.transpose(1, 2) - theirs[0]).abs().max() < 2e-5
+def test_resampling_agrees_with_torchvision_to_rounding_errors():
+    image = torch.rand(1, 2, 64, 64)
+    for size, box in ((20, (3, 10, 57, 31)), (90, (50, 0, 14, 64)), (2, (0, 1, 64, 63)), (64, (0, 0, 64, 64))):
+        top, left, height, width = (torch.tensor([float(n)]) for n in box)
+        ours = op.resample_rows(image, top, height, size).mT
+        ours = op.resample_rows(ours, left, width, size).mT
+        theirs = T.resized_crop(image, *box, (size, size), T.InterpolationMode.BICUBIC, antialias=True)
+        assert (ours - theirs).abs().max() < 2e-5
+        backwards = op.resample_rows(image, top + height, -height, size)
+        assert (backwards.flip(2) - op.resample_rows(image, top, height, size)).abs().max() < 2e-5
 
 
 def test_random_boxes_have_the_areas_and_aspects_of_torchvision():
-    top, left, height, width = op.random_boxes(20_000, 64, (0.2, 1.0), (3 / 4, 4 / 3), seeded(0), "cpu")
-    assert (top >= 0).all() and (left >= 0).all() and (top + height <= 64).all()
-    assert (left + width <= 64).all() and (top == top.round()).all() and (width == width.round()).all()
+    start, length = op.random_boxes(20_000, 64, (0.2, 1.0), (3 / 4, 4 / 3), seeded(0))
+    assert (start >= 0).all() and (start + length <= 64).all()
+    assert (start == start.round()).all() and (length == length.round()).all()
+    (top, left), (height, width) = start, length
     from torchvision.transforms import RandomResizedCrop
     torch.manual_seed(0)
     theirs = torch.tensor([RandomResizedCrop.get_params(torch.zeros(1, 64, 64), (0.2, 1.0), (3 / 4, 4 / 3))
@@ -634,6 +639,20 @@ def test_everything_off_resizes_and_normalises():
     theirs = T.normalize(T.resize(image, 32, T.InterpolationMode.BICUBIC, antialias=True)[0] / 255,
                          (0.4, 0.5, 0.6), (0.2, 0.3, 0.4))
     assert (x[0] - theirs).abs().max() < 2 / 255 / 0.2 and target.tolist() == [[0, 0, 1]]
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_augmentation_never_waits_for_the_device(channels, monkeypatch):
+    # The meta device knows only shapes: whoever asks it for a number, or mixes devices, is told so.
+    cpu = seeded()
+    monkeypatch.setattr(torch, "Generator", lambda device: cpu)
+    images = torch.empty(16, channels, 40, 40, dtype=torch.uint8, device="meta")
+    for seed in range(4):
+        for off in ({}, {"randaug": False}, {"mixup": 0}, {"cutmix": 0}, OFF):
+            augment = op.Augment(32, 10, **off)
+            augment.generator = torch.default_generator.manual_seed(seed)
+            x, target = augment(images, torch.empty(16, dtype=torch.long, device="meta"))
+            assert x.is_meta and target.is_meta and x.shape == (16, 3, 32, 32) and target.shape == (16, 10)
 
 
 @pytest.mark.parametrize("switch", ["randaug", "crop", "aspect", "erase", "mixup", "cutmix", "flip", "jitter"])
