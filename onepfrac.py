@@ -236,7 +236,7 @@ def rasterize(points, size, low, high, clip):
     pixel = points.sub_(corner[..., None]).mul_(scale[..., None]).add_(margin + 0.5)
     inside = ((pixel >= margin) & (pixel < size - margin)).all(0) if clip else None
     x, y = pixel.floor_()
-    cell = torch.add(x, y, alpha=size).long()                       # (B, P), exact to 4096 x 4096
+    cell = x.add_(y, alpha=size).long()                             # (B, P), exact to 4096 x 4096
     if clip:
         cell *= inside                                              # the rest to the first pixel
     hits = torch.zeros(len(cell), size ** 2, dtype=torch.uint8, device=points.device)
@@ -248,7 +248,7 @@ def rasterize(points, size, low, high, clip):
 def dilate(images, out=None):
     """Each lit pixel grows to its 3x3 neighbourhood: images (B, S, S) uint8 -> the same."""
     rows = F.pad(images, (1, 1, 1, 1))
-    rows = rows[:, :-2] | rows[:, 1:-1] | rows[:, 2:]
+    rows = (rows[:, :-2] | rows[:, 1:-1]).bitwise_or_(rows[:, 2:])
     return torch.bitwise_or(rows[:, :, :-2] | rows[:, :, 1:-1], rows[:, :, 2:], out=out)
 
 
