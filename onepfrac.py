@@ -43,6 +43,7 @@ import zlib
 from pathlib import Path
 from typing import NamedTuple
 
+os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")   # on the CPU what an older one lacks
 import torch
 import torch.nn.functional as F
 from torch import nn
