@@ -266,7 +266,7 @@ def stamp(images, texture, generator=None):
     # Eight coins from each random byte: 1/2 for 256/511, and an eighth of the random numbers.
     bit = 2 ** torch.arange(8, dtype=torch.uint8, device=images.device)
     pixels = images[0].numel()
-    few = max(1, 2 ** 22 // pixels)                                 # pieces that stay in the cache
+    few = max(1, 2 ** 20 // pixels)                                 # pieces that stay in the cache
     for group in images.split(few):                                 # as much for a short last one
         draw = torch.empty(-(-few * pixels // 64), dtype=torch.int64, device=images.device)
         draw = draw.random_(-2 ** 63, None, generator=generator).view(torch.uint8)
@@ -317,7 +317,7 @@ def render_ifs(maps, size=512, points=100_000, texture="random", generator=None,
     if texture not in ("random", "fill", "point"):
         raise ValueError(f"texture must be random, fill or point, got {texture!r}")
     coverage = ifs_coverage(maps, size, points, texture, probs, generator)
-    seed = int(torch.randint(2 ** 31, (), generator=generator))
+    seed = int(torch.randint(2 ** 24, (), generator=generator))     # alike in all torch's versions
     return stamp(coverage, texture, torch.Generator(maps.device).manual_seed(seed))
 
 
@@ -429,7 +429,7 @@ class Drawn:
 
     def batches(self, index_lists):
         for i in index_lists:
-            at = i.to(self.labels.device, non_blocking=True)
+            [at] = send(self.labels.device, i)
             yield self.images.index_select(0, at) if self.stored else self.draw(i), self.labels[at]
 
 
@@ -715,35 +715,35 @@ SOURCES = {"fractal": fractal_source, "rcdb": contour_source, "va": contour_sour
 # ==================================================================================================
 # 5 · Augmentation: DeiT's, per sample, on a batch that is already on the device
 #
-# What happens to each image is drawn on the CPU: so nobody has to ask the device, and no image pays
-# for an operation that another one drew. The pixels stay on the device.
+# Which operation, how strong and where is drawn on the CPU: so the program never waits for the GPU,
+# and an operation runs only on the images that drew it. The pixels stay on the device.
 # A crop, with its flips, is two resamplings, of rows and then of columns. And RandAugment's fifteen
-# operations are three: six are tables of 256 entries, four are blends with a degenerate image, five
-# are 2x3 matrices. Inside, images are floats that hold 0..255.
+# operations are of three kinds: six are tables of 256 entries, four are blends with a degenerate
+# image, five are 2x3 matrices. Inside, images are floats that hold 0..255.
 # ==================================================================================================
 
-def alongside(x, *tensors):
-    """CPU tensors on the device of x. Without waiting: a GPU takes them when it comes to it."""
-    return [t.to(x.device, non_blocking=True) for t in tensors]
+def send(device, *tensors):
+    """CPU tensors to the device. With CUDA the copies are queued and the CPU does not wait."""
+    return [t.to(device, non_blocking=torch.device(device).type == "cuda") for t in tensors]
 
 
 def resample_rows(x, start, length, size):
     """Antialiased cubic resampling of the rows [start, start + length) of each image:
     (B, C, H, W) -> (B, C, size, W).
 
-    start, length (B,): whole pixels; a negative length reads backwards, which flips. Keys' kernel,
-    a = -0.5, widened when shrinking, cut off outside the box and normalised, as in Pillow and in
-    torchvision's resize(antialias=True).
+    start, length (B,): whole pixels; with a negative length the rows are read backwards from start,
+    which is then one past the last row, and so flipped. Keys' kernel, a = -0.5, widened when
+    shrinking, cut off outside the box and normalised, as torchvision's resize(antialias=True).
     """
     B, C, H, W = x.shape
     start, length = start[:, None], length[:, None]
     scale = length / size                                           # rows in for each row out
-    centre = start + (torch.arange(size, device=x.device) + 0.5) * scale        # (B, size)
+    centre = start - 0.5 + (torch.arange(size, device=x.device) + 0.5) * scale  # (B, size)
     width = scale.abs().clamp(min=1)
     taps = min(H, math.ceil(4 * max(1, H / size)))                  # rows under the widest kernel
-    first = (centre - 2 * width - 0.5).ceil_().clamp_(0, H - taps)
+    first = (centre - 2 * width).ceil_().clamp_(0, H - taps)
     row = first[..., None] + torch.arange(taps, device=x.device)    # (B, size, taps)
-    d = (row - (centre - 0.5)[..., None]).div_(width[..., None]).abs_()
+    d = (row - centre[..., None]).div_(width[..., None]).abs_()
     # With u = max(2 - d, 0) and v = max(u - 1, 0) the kernel's two pieces are one polynomial.
     u = (2 - d).clamp_(min=0)
     v = (u - 1).clamp_(min=0)
@@ -751,7 +751,7 @@ def resample_rows(x, start, length, size):
     middle = start + (length - 1) / 2
     weight *= (row - middle[..., None]).abs_() < length.abs()[..., None] / 2    # in the box
     weight /= weight.sum(-1, keepdim=True)
-    # A weighted sum of some rows of a matrix: language models know it as an embedding bag.
+    # PyTorch has the weighted sum of some rows of a matrix as embedding_bag, made for word vectors.
     image = torch.arange(B * C, device=x.device).view(B, C, 1, 1)
     row, weight = row.long()[:, None] + H * image, weight[:, None].expand(B, C, size, taps)
     return F.embedding_bag(row.view(-1, taps), x.reshape(B * C * H, W), mode="sum",
@@ -783,15 +783,17 @@ OPS = TABLE_OPS + BLEND_OPS + AFFINE_OPS
 
 
 def apply_tables(x, op, level):
-    """Look each pixel up in its sample's table. x (B, C, H, W), op (B,), level (B,) in 0..1."""
+    """Look each pixel up in its sample's table: x (B, C, H, W); op (B,) indexes TABLE_OPS, level
+    (B,) in 0..1, both on the CPU.
+    """
     B, C, H, W = x.shape
+    op, level = send(x.device, op, level.view(B, 1, 1))
     pixel, i = x.flatten(2).long(), torch.arange(256., device=x.device)
     histogram = x.new_zeros(B, C, 256).scatter_add_(2, pixel, x.new_ones(()).expand(pixel.shape))
     low, high = (m(x, (2, 3)).unsqueeze(2) for m in (torch.amin, torch.amax))   # (B, C, 1)
-    level = level.view(B, 1, 1)
 
-    stretch = 255 / (high - low).clamp(min=1)
-    autocontrast = torch.where(high > low, (i * stretch - low * stretch).clamp(0, 255).floor(), i)
+    autocontrast = ((i - low) * 255 / (high - low).clamp(min=1)).clamp(0, 255).floor()
+    autocontrast = torch.where(high > low, autocontrast, i)
 
     brightest = histogram.gather(2, high.long())
     step = ((H * W - brightest) / 255).floor()                      # Pillow's integer equalisation
@@ -818,31 +820,38 @@ def to_grey(x):
 
 
 def blend(x, op, factor):
-    """degenerate + factor (x - degenerate): op (B,) indexes BLEND_OPS, factor (B,) 1 is x."""
-    grey = to_grey(x)
-    smooth, inner = x.clone(), x[..., 1:-1, 1:-1]                   # [[1,1,1],[1,5,1],[1,1,1]] / 13
-    rows = x[..., :-2, :] + x[..., 1:-1, :] + x[..., 2:, :]
-    ring = rows[..., :-2] + rows[..., 1:-1] + rows[..., 2:]
-    smooth[..., 1:-1, 1:-1] = ((ring + 4 * inner) / 13 + 0.5).floor()
-    mean = (grey.mean((2, 3), keepdim=True) + 0.5).floor()
-    op, factor = op.view(-1, 1, 1, 1), factor.view(-1, 1, 1, 1)
-    degenerate = torch.where(op == 1, grey, mean * (op == 2))
-    degenerate = torch.where(op == 3, smooth, degenerate)
+    """degenerate + factor (x - degenerate): x (B, C, H, W); op (B,) indexes BLEND_OPS and factor
+    (B,), where 1 gives x back, are on the CPU.
+    """
+    degenerate, sharpen = to_grey(x), (op == 3).any()
+    op, factor = send(x.device, op.view(-1, 1, 1, 1), factor.view(-1, 1, 1, 1))
+    mean = (degenerate.mean((2, 3), keepdim=True) + 0.5).floor()
+    degenerate = torch.where(op == 1, degenerate, mean * (op == 2))
+    if sharpen:
+        smooth, inner = x.clone(), x[..., 1:-1, 1:-1]               # [[1,1,1],[1,5,1],[1,1,1]] / 13
+        rows = x[..., :-2, :] + x[..., 1:-1, :] + x[..., 2:, :]
+        ring = rows[..., :-2] + rows[..., 1:-1] + rows[..., 2:]
+        smooth[..., 1:-1, 1:-1] = ((ring + 4 * inner) / 13 + 0.5).floor()
+        degenerate = torch.where(op == 3, smooth, degenerate)
     return torch.lerp(degenerate, x, factor).clamp_(0, 255).floor_()
 
 
 def apply_affine(x, op, level, fill=128):
-    """Rotate 30, shear 0.3, translate 0.45, each times level (B,) -1..1; bilinear, grey fill."""
-    most, = alongside(x, torch.tensor([math.radians(30), 0.3, 0.3, 0.9, 0.9]))  # of a width of 2
-    chosen = op[:, None] == torch.arange(5, device=x.device)
-    angle, shear_x, shear_y, right, down = (chosen * most * level[:, None]).unbind(1)   # (B,) each
+    """Rotate 30, shear 0.3, translate 0.45, each times level -1..1; bilinear, grey fill, and the
+    fraction cut off, as in Pillow. x (B, C, H, W); op (B,) indexes AFFINE_OPS, level (B,): CPU.
+    """
+    most = torch.tensor([math.radians(30), 0.3, 0.3, 0.9, 0.9])     # grid_sample's width is 2
+    amount = (op[:, None] == torch.arange(5)) * most * level[:, None]
+    angle, shear_x, shear_y, shift_x, shift_y = amount.unbind(1)    # (B,) each, one of them not 0
     cos, sin = angle.cos(), angle.sin()
-    theta = torch.stack([cos, shear_x - sin, shear_x + right,       # shears start at the corner
-                         sin + shear_y, cos, shear_y + down], 1).view(-1, 2, 3, 1, 1)
+    theta = torch.stack([cos, shear_x - sin, shear_x + shift_x,     # Pillow shears about the corner
+                         sin + shear_y, cos, shear_y + shift_y], 1)
+    [theta] = send(x.device, theta.view(-1, 2, 3, 1, 1))
     row, column = ((torch.arange(n, device=x.device) + 0.5) * (2 / n) - 1 for n in x.shape[2:])
     grid = theta[:, :, 0] * column + (theta[:, :, 1] * row[:, None] + theta[:, :, 2])
-    x = F.grid_sample(x - fill, grid.permute(0, 2, 3, 1), align_corners=False)  # (B, H, W, 2)
-    return x.add_(fill + 0.5).floor_()
+    grid = grid.permute(0, 2, 3, 1)                                 # (B, H, W, 2)
+    x = F.grid_sample(x - fill, grid, align_corners=False)
+    return x.add_(fill + 1e-3).floor_()
 
 
 def apply_op(x, op, magnitude, sign):
@@ -857,8 +866,9 @@ def apply_op(x, op, magnitude, sign):
             (AFFINE_OPS, apply_affine, sign * level)):
         some = ((op >= first) & (op < first + len(names))).nonzero()[:, 0]
         if len(some):
-            at, which, by = alongside(x, some, op[some] - first, amount[some])
-            x = x.index_copy(0, at, function(x.index_select(0, at), which, by))
+            [at] = send(x.device, some)
+            new = function(x.index_select(0, at), op[some] - first, amount[some])
+            x = x.index_copy(0, at, new)
         first += len(names)
     return x
 
@@ -869,7 +879,8 @@ class Augment:
     images (B, C, S, S) or (B, S, S) uint8, grey or RGB, and labels (B,) on one device -> normalised
     (B, 3, img_size, img_size) floats and soft targets (B, num_classes). With every switch off it
     resizes and normalises: the evaluation transform. flip: probabilities (horizontal, vertical);
-    jitter acts only where randaug is off, as in timm. generator: on the CPU.
+    jitter acts only where randaug is off, as in timm. generator: on the CPU; None: torch's default.
+    ValueError where the images are not square.
     """
 
     def __init__(self, img_size, num_classes, crop=True, aspect=True, crop_scale=(0.08, 1.0),
@@ -885,15 +896,20 @@ class Augment:
     def rand(self, *shape):
         return torch.rand(shape, generator=self.generator)
 
+    def seed(self):     # below 2^24, where all versions of torch draw alike
+        return int(torch.randint(2 ** 24, (), generator=self.generator))
+
     def __call__(self, images, labels):
+        if images.shape[-1] != images.shape[-2]:
+            raise ValueError(f"need square images, got {tuple(images.shape)}")
         x = (images if images.ndim == 4 else images[:, None]).float()       # (B, C, S, S)
         x = self.resized_crop(x)
         if self.randaug:
             x = self.rand_augment(x)
         if self.jitter:
             x = self.color_jitter(x)
-        mean, std = alongside(x, *255 * torch.tensor([self.mean, self.std]).view(2, 3, 1, 1))
-        x = (x - mean) / std                                        # grey was one channel till here
+        [(mean, std)] = send(x.device, 255 * torch.tensor([self.mean, self.std]).view(2, 3, 1, 1))
+        x = (x - mean) / std                                        # grey becomes three channels
         if self.erase:
             x = self.random_erase(x)
         rest = self.smoothing / self.num_classes
@@ -910,8 +926,9 @@ class Augment:
         if self.crop:
             start, length = random_boxes(B, S, self.crop_scale, self.ratio, self.generator)
         flip = self.rand(2, B) < torch.tensor(self.flip[::-1])[:, None]         # rows, columns
-        box = torch.stack([start + flip * length, torch.where(flip, -length, length)])
-        for start, length in zip(*alongside(x, *box)):              # of the rows, of the columns
+        boxes = torch.stack([start + flip * length, torch.where(flip, -length, length)], 1)
+        [boxes] = send(x.device, boxes)                             # (2, 2, B)
+        for start, length in boxes:                                 # of the rows, of the columns
             x = resample_rows(x, start, length, self.img_size).transpose(2, 3)
         return x.contiguous().clamp_(0, 255).add_(0.5).floor_()
 
@@ -931,42 +948,41 @@ class Augment:
         B = len(x)
         order = self.rand(B, 3).argsort(1)                          # of the first three BLEND_OPS
         factor = 1 + self.jitter * (2 * self.rand(B, 3) - 1)
-        order, factor = alongside(x, order, factor)
         for k in range(3):
             x = blend(x, order[:, k], factor[:, k])
         return x
 
     def random_erase(self, x):
-        """A box of 2% to a third of the area becomes N(0, 1) a pixel. Zhong et al., pixel mode."""
+        """With probability `erase` a box of 2% to a third of the area becomes N(0, 1) a pixel, in
+        place. Zhong et al., pixel mode."""
         B, C, S, _ = x.shape
         start, length = random_boxes(B, S, (0.02, 1 / 3), (0.3, 1 / 0.3), self.generator)
-        length *= self.rand(B) < self.erase
-        pixel, start = torch.arange(S), start[..., None]
-        inside = (pixel >= start) & (pixel < start + length[..., None])         # (2, B, S)
-        rows, columns = alongside(x, *inside)
-        seed = int(torch.randint(2 ** 31, (), generator=self.generator))
-        noise = torch.randn(C * int(length.prod(0).sum()), device=x.device,     # for these pixels
-                            generator=torch.Generator(x.device).manual_seed(seed))
+        length *= self.rand(B) < self.erase                         # else a box without pixels
+        noise = torch.randn(C * int(length.long().prod(0).sum()), device=x.device,
+                            generator=torch.Generator(x.device).manual_seed(self.seed()))
+        start, end = send(x.device, start[..., None], (start + length)[..., None])  # (2, B, 1)
+        pixel = torch.arange(S, device=x.device)
+        rows, columns = (pixel >= start) & (pixel < end)            # (B, S) each
         return x.masked_scatter_(rows[:, None, :, None] & columns[:, None, None], noise)
 
     def mix(self, x, target):
-        """Mixup, lambda x + (1 - lambda) x.flip(0), or cutmix, a box of x.flip(0) in x.
+        """Mixup, lambda x + (1 - lambda) x.flip(0), or cutmix, a box of x.flip(0) in x, in place.
 
         One lambda ~ Beta per batch; each way with probability 0.5 where both are on. The target's
         weight after cutmix is what the box, cut off at the border, has left of the image.
         """
-        S, other = x.shape[-1], x.flip(0)
+        S = x.shape[-1]
         cut = bool(self.cutmix and (not self.mixup or self.rand() < 0.5))
         alpha = self.cutmix if cut else self.mixup
-        seed = int(torch.randint(2 ** 31, (), generator=self.generator))
-        lam = random.Random(seed).betavariate(alpha, alpha)
+        lam = random.Random(self.seed()).betavariate(alpha, alpha)  # torch's takes no generator
         if cut:
             half, centre = int(math.sqrt(1 - lam) * S) // 2, (self.rand(2) * S).int().tolist()
             rows, columns = (slice(max(0, c - half), c + half) for c in centre)
-            x[:, :, rows, columns] = other[:, :, rows, columns]
-            lam = 1 - x[0, 0, rows, columns].numel() / S ** 2
+            box = x[:, :, rows, columns]
+            box.copy_(box.flip(0))
+            lam = 1 - box[0, 0].numel() / S ** 2
         else:
-            x = torch.lerp(other, x, lam)
+            x = torch.lerp(x.flip(0), x, lam)
         return x, torch.lerp(target.flip(0), target, lam)
 
 
@@ -1295,12 +1311,11 @@ class Images(torch.utils.data.Dataset):
         """For each tensor of indices: images uint8 (B, 3, side, side) and labels (B,)."""
         if self.on_device:
             for i in index_lists:
-                at = i.to(self.device, non_blocking=True)
+                [at] = send(self.device, i)
                 yield self.images.index_select(0, at), self.labels[at]
             return
         for images, labels in self.loader(batch_sampler=index_lists):
-            yield (images.to(self.device, non_blocking=True),
-                   labels.to(self.device, non_blocking=True))
+            yield send(self.device, images, labels)
 
 
 # ==================================================================================================

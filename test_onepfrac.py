@@ -546,8 +546,8 @@ def test_randaugment_operation_agrees_with_pillow(name, mode):
                                torch.tensor([sign]))[0]
             theirs = T.pil_to_tensor(pillow(name, picture, m, sign)).float()
             wrong = (ours - theirs).abs()
-            if name in op.AFFINE_OPS:       # Pillow neither blends with the fill nor rounds alike
-                assert wrong.median() <= 1 and (wrong > 2).float().mean() < 0.06
+            if name in op.AFFINE_OPS:       # at its border Pillow does not blend with the fill
+                assert (wrong > 0).float().mean() < 0.05
             else:
                 assert wrong.max() <= 1 and wrong.mean() < 0.1
 
@@ -639,6 +639,11 @@ def test_everything_off_resizes_and_normalises():
     theirs = T.normalize(T.resize(image, 32, T.InterpolationMode.BICUBIC, antialias=True)[0] / 255,
                          (0.4, 0.5, 0.6), (0.2, 0.3, 0.4))
     assert (x[0] - theirs).abs().max() < 2 / 255 / 0.2 and target.tolist() == [[0, 0, 1]]
+
+
+def test_augmentation_refuses_images_that_are_not_square():
+    with pytest.raises(ValueError, match="square"):
+        op.Augment(32, 3)(torch.zeros(2, 3, 40, 48, dtype=torch.uint8), torch.tensor([0, 1]))
 
 
 @pytest.mark.parametrize("channels", [1, 3])
