@@ -234,15 +234,16 @@ def rasterize(points, size, low, high, clip):
     scale = (size - 1 - 2 * margin) / (high - low).clamp(min=1e-6)  # (2, B)
     scale[1] *= -1                                                  # image rows grow downwards
     corner = torch.stack([low[0], high[1]])                         # the upper left one
-    pixel = points.sub_(corner[..., None]).mul_(scale[..., None]).add_(margin + 0.5)
-    inside = ((pixel >= margin) & (pixel < size - margin)).all(0) if clip else None
-    x, y = pixel.floor_()
+    pixel = points.sub_(corner[..., None]).mul_(scale[..., None]).round_()      # from 0 on
+    inside = ((pixel >= 0) & (pixel < size - 2 * margin)).all(0) if clip else None
+    x, y = pixel
     cell = x.add_(y, alpha=size).long()                             # (B, P), exact to 4096 x 4096
     if clip:
-        cell *= inside                                              # the rest to the first pixel
-    hits = torch.zeros(len(cell), size ** 2, dtype=torch.uint8, device=points.device)
-    hits.scatter_(1, cell, hits.new_full((1, 1), GREY).expand(cell.shape))
-    hits[:, 0] = 0                                                  # which lies in the margin
+        cell.masked_fill_(~inside, size - 2 * margin)               # a pixel of the right margin
+    hits = torch.zeros(points.shape[1], size ** 2, dtype=torch.uint8, device=points.device)
+    picture = hits[:, margin * (size + 1):]                         # from the first inside on
+    picture.scatter_(1, cell, hits.new_full((1, 1), GREY).expand(cell.shape))
+    picture[:, size - 2 * margin] = 0
     return hits.view(-1, size, size)
 
 
