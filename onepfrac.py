@@ -234,14 +234,14 @@ def rasterize(points, size, low, high, clip):
     scale = (size - 1 - 2 * margin) / (high - low).clamp(min=1e-6)  # (2, B)
     scale[1] *= -1                                                  # image rows grow downwards
     corner = torch.stack([low[0], high[1]])                         # the upper left one
-    pixel = points.sub_(corner[..., None]).mul_(scale[..., None]).round_()      # from 0 on
+    pixel = points.sub_(corner[..., None]).mul_(scale[..., None]).round_()
     inside = ((pixel >= 0) & (pixel < size - 2 * margin)).all(0) if clip else None
     x, y = pixel
     cell = x.add_(y, alpha=size).long()                             # (B, P), exact to 4096 x 4096
     if clip:
         cell.masked_fill_(~inside, size - 2 * margin)               # a pixel of the right margin
     hits = torch.zeros(points.shape[1], size ** 2, dtype=torch.uint8, device=points.device)
-    picture = hits[:, margin * (size + 1):]                         # from the first inside on
+    picture = hits[:, margin * (size + 1):]                         # where pixel (0, 0) is
     picture.scatter_(1, cell, hits.new_full((1, 1), GREY).expand(cell.shape))
     picture[:, size - 2 * margin] = 0
     return hits.view(-1, size, size)
@@ -268,7 +268,7 @@ def stamp(images, texture, generator=None):
     bit = 2 ** torch.arange(8, dtype=torch.uint8, device=images.device)
     pixels = images[0].numel()
     few = max(1, 2 ** 20 // pixels)                                 # pieces that stay in the cache
-    for group in images.split(few):                                 # as much for a short last one
+    for group in images.split(few):     # as many draws for a short one: its images keep theirs
         draw = torch.empty(-(-few * pixels // 64), dtype=torch.int64, device=images.device)
         draw = draw.random_(-2 ** 63, None, generator=generator).view(torch.uint8)
         coin = (draw & bit[:, None]).ne_(0)
@@ -897,7 +897,8 @@ class Augment:
     def rand(self, *shape):
         return torch.rand(shape, generator=self.generator)
 
-    def seed(self):     # below 2^24, where all versions of torch draw alike
+    def seed(self):
+        """A seed for another generator, below 2^24, where all versions of torch draw alike."""
         return int(torch.randint(2 ** 24, (), generator=self.generator))
 
     def __call__(self, images, labels):
