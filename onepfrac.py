@@ -25,7 +25,6 @@ import argparse
 import contextlib
 import ctypes
 import functools
-import importlib.util
 import io
 import json
 import math
@@ -44,8 +43,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")   # on the CPU what an older one lacks
+import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image, ImageDraw
 from torch import nn
 
 # Literal numbers of the three scales; any flag overrides its number. `augment` names the switches
@@ -114,8 +115,8 @@ class Stopped(Exception):
 def sigma_factor(maps):
     """sum_j (s_j1 + 2 s_j2), singular values of the 2x2 parts: maps (..., N, 2, 3) -> (...).
 
-    Small sigma: strong contractions and a sparse, intricate shape. Large: a diffuse cloud; at the
-    largest, 3 N, every singular value is 1 and nothing contracts any more.
+    Small sigma: strong contractions and a sparse, intricate shape. Large: a diffuse cloud. At 3 N
+    every singular value is 1, nothing contracts, and there is no attractor.
     Anderson & Farrell, Improving Fractal Pre-training (WACV 2022).
     """
     s = torch.linalg.svdvals(maps[..., :2])                         # (..., N, 2), larger one first
@@ -126,11 +127,11 @@ def sample_ifs(num_maps, sigma, generator=None):
     """Random affine maps whose sigma-factor is exactly sigma -> maps (N, 2, 3) float32 on the CPU.
 
     A_j = U diag(s1, s2) V with U, V random rotations or reflections, 1 >= s1 >= s2 >= 0, and
-    translations U(-1, 1). Raises ValueError unless num_maps >= 2 and 0 < sigma <= 3 num_maps.
+    translations U(-1, 1). Raises ValueError unless num_maps >= 2 and 0 < sigma < 3 num_maps.
     Sampling order of the singular values: Anderson & Farrell (WACV 2022), Algorithm 1.
     """
-    if num_maps < 2 or not 0 < sigma <= 3 * num_maps:
-        raise ValueError(f"need num_maps >= 2 and 0 < sigma <= 3 num_maps, "
+    if num_maps < 2 or not 0 < sigma < 3 * num_maps:
+        raise ValueError(f"need num_maps >= 2 and 0 < sigma < 3 num_maps, "
                          f"got num_maps={num_maps}, sigma={sigma}")
 
     def uniform(low, high, *shape):
@@ -158,50 +159,68 @@ def sample_ifs(num_maps, sigma, generator=None):
 #
 # v_{t+1} = w_j(v_t) from v_0 = (0, 0), the map j drawn anew each step with p_j proportional to
 # |det A_j| (the paper calls the drawn index sigma_t, which is not the sigma-factor).
-# One orbit is a long chain of tiny steps, so here a thousand short orbits of every image run side
-# by side. All images share the sequence of maps, and it is read, not drawn: from a table of random
-# maps each orbit takes the entry beside its neighbour's, at each step from another random place on.
-# So what a step needs is one slice of the table, a view, and the step is four products.
+# One orbit is a long chain of tiny steps, so here hundreds of short orbits of every image run side
+# by side. All images share the sequence of maps. It is read from a table of random maps: at each
+# step, orbit k uses table[start + k], with a new random start.
+# An orbit must forget the origin before it is drawn. The fractals that fill a canvas are nearly
+# rotations, and forget it after hundreds of steps. So the burn-in applies words: products of maps.
 # ==================================================================================================
 
-ORBIT = 100      # plotted steps of each orbit
-BURN_IN = 30     # steps before, to reach the attractor from the origin; they are not plotted
-PLACES = 1024    # a step begins to read the table at one of so many places, and one
+ORBIT = 150      # steps of each orbit that are drawn
+DOUBLINGS = 7    # a word is a product of 2^7 = 128 random maps
+BURN_IN = 3      # words after the first: an orbit is drawn after 512 steps
+PLACES = 1024    # start is in 1..1024
 GREY = 127       # colour of a stamp
 # What is drawn at once: numbers of the orbits, and then points and pixels of the rasters. On a CPU
 # a raster should fit its cache, and a step of the orbits be worth starting two threads.
 IN_FLIGHT = {"cpu": (28_000_000, 3_000_000), "cuda": (70_000_000, 100_000_000)}
 
 
+def determinant(maps):
+    """Of the 2x2 parts: maps (..., 2, 3) -> (...)."""
+    return maps[..., 0, 0] * maps[..., 1, 1] - maps[..., 0, 1] * maps[..., 1, 0]
+
+
 def map_table(probs, points, generator=None):
-    """A table j (..., M) of random maps, each as often as probs (..., N) say, with PLACES more
-    entries than there are orbits; and the places at which the steps begin to read, a list.
+    """A table j (..., M) of random maps, and starts, a list of the places from which it is read:
+    for each doubling, each word of the burn-in, each step. M is the number of orbits plus PLACES.
+
+    Stratified: map i fills a fraction probs[..., i] of the table, up to rounding.
     """
     M = -(-points // ORBIT) + PLACES
     draws = torch.rand(M, generator=generator, dtype=torch.float64)
     draws = (torch.randperm(M, generator=generator) + draws) / M
-    starts = torch.randint(PLACES + 1, (BURN_IN + ORBIT,), generator=generator).tolist()
+    starts = 1 + torch.randint(PLACES, (DOUBLINGS + BURN_IN + ORBIT,), generator=generator)
     ends = probs.cpu().double().clamp(min=1e-9).cumsum(-1)
     draws = draws.expand(*ends.shape[:-1], M).contiguous()
-    return torch.searchsorted(ends / ends[..., -1:], draws, right=True), starts
+    return torch.searchsorted(ends / ends[..., -1:], draws, right=True), starts.tolist()
 
 
 def chaos_game(maps, j, starts, out=None):
-    """Orbits of B systems at once: maps (B, N, 2, 3) -> points (2, B, len(starts) - BURN_IN, K).
+    """Orbits of B systems at once: maps (B, N, 2, 3) -> points (2, B, ORBIT, K).
 
-    j (B, M): the table of maps that each system reads, at each step from the next of `starts` on;
-    K = M - PLACES orbits. `out` is memory to write the points into.
+    j (M,) or (B, M) and starts: of `map_table`. K = M - PLACES orbits. `out` is memory to write to.
     """
-    B, M = j.shape
-    K, steps = M - PLACES, len(starts) - BURN_IN
-    if out is None or out.shape != (2, B, steps, K):
-        out = maps.new_empty(2, B, steps, K)
-    table = maps.permute(3, 2, 0, 1).gather(3, j.to(maps.device).expand(3, 2, B, M))
-    v = maps.new_zeros(2, B, K)
-    for step, start in enumerate(starts):
-        A_x, A_y, t = table[..., start:start + K]                   # (2, B, K), columns of [A t]
-        place = out[:, :, step - BURN_IN] if step >= BURN_IN else torch.empty_like(v)
-        v = torch.addcmul(t, A_x, v[0], out=place).addcmul_(A_y, v[1])
+    B, M = len(maps), j.shape[-1]
+    K = M - PLACES
+    if out is None or out.shape != (2, B, ORBIT, K):
+        out = maps.new_empty(2, B, ORBIT, K)
+    index = j.to(maps.device).expand(3, 2, B, M)
+    table = maps.permute(3, 2, 0, 1).gather(3, index)       # (3, 2, B, M): the columns of [A t]
+    words = table[..., :max(K, 128)]
+    for start in starts[:DOUBLINGS]:                        # word[k + start] comes after word[k]
+        A_x, A_y, t = words.roll(-start, -1)
+        words = (A_x * words[:, :1]).addcmul_(A_y, words[:, 1:])
+        words[2] += t
+    A_x, A_y, t = words
+    v = t                                                   # the first word takes (0, 0) there
+    for start in starts[DOUBLINGS:DOUBLINGS + BURN_IN]:     # each orbit goes on with another's word
+        x, y = v.roll(start, -1)
+        v = torch.addcmul(t, A_x, x).addcmul_(A_y, y)
+    v = v[..., :K]
+    for step, start in enumerate(starts[DOUBLINGS + BURN_IN:]):
+        A_x, A_y, t = table[..., start:start + K]           # (2, B, K) each
+        v = torch.addcmul(t, A_x, v[0], out=out[:, :, step]).addcmul_(A_y, v[1])
     return out
 
 
@@ -211,17 +230,18 @@ def bounding_box(points, expands, trim=True):
     A system with a map that expands (B,) may throw a few points far out: with trim its box follows
     the central 98% of the points where the full one is over twice as large.
     """
-    low, high = points.amin(2), points.amax(2)                      # (2, B), NaN if a point is
-    if not trim or not expands.any():
-        return low, high, not trim
-    sample = points[:, :, ::points.shape[2] // 2000 | 1][:, expands].nan_to_num(1e30, 1e30, -1e30)
-    rank = sample.shape[2] // 100 + 1
-    core_low, core_high = (sample.topk(rank, 2, top).values[..., -1] for top in (False, True))
-    full_low, full_high = low[:, expands], high[:, expands]
-    tame = full_high - full_low <= 2 * (core_high - core_low)       # false for NaN
-    low[:, expands] = torch.where(tame, full_low, core_low)
-    high[:, expands] = torch.where(tame, full_high, core_high)
-    return low, high, not tame.all()
+    low, high = full = points.amin(2), points.amax(2)               # (2, B), NaN if a point is
+    if trim and expands.any():
+        full_low, full_high, low, high = *(t[:, expands] for t in full), low.clone(), high.clone()
+        sample = points[:, :, ::points.shape[2] // 2000 | 1][:, expands]
+        sample = sample.nan_to_num(1e30, 1e30, -1e30)
+        rank = sample.shape[2] // 100 + 1
+        core_low, core_high = (sample.topk(rank, 2, top).values[..., -1] for top in (False, True))
+        tame = full_high - full_low <= 2 * (core_high - core_low)   # false for NaN
+        low[:, expands] = torch.where(tame, full_low, core_low)
+        high[:, expands] = torch.where(tame, full_high, core_high)
+    inside = (full[0] >= low) & (full[1] <= high) & (high - low).isfinite()
+    return low, high, not inside.all()
 
 
 def rasterize(points, size, low, high, clip):
@@ -284,19 +304,21 @@ def ifs_coverage(maps, size, points, texture, probs=None, generator=None, trim=T
     CPU, draws the table of maps and where each step reads it, for all images.
     """
     if probs is None:
-        probs = maps[..., :2].det().abs().mean(0)
+        probs = determinant(maps).abs().mean(0)
     j, starts = map_table(probs, points, generator)
-    j, orbits = j.expand(len(maps), -1), None
+    orbits = None
     coverage = torch.empty(len(maps), size, size, dtype=torch.uint8, device=maps.device)
     numbers, dots = IN_FLIGHT.get(maps.device.type, IN_FLIGHT["cpu"])
-    group = max(1, numbers // (2 * points + 6 * j.shape[1]))
+    group = max(1, numbers // (2 * points + 6 * j.shape[-1]))
     few = max(1, dots // (points + size ** 2))
-    for members, table, covered in zip(maps.split(group), j.split(group), coverage.split(group)):
-        square, det = members[..., :2].square().sum((2, 3)), members[..., :2].det()
+    for first in range(0, len(maps), group):
+        members = maps[first:first + group]
+        square, det = members[..., :2].square().sum((2, 3)), determinant(members)
         expands = ((square > 1 + det ** 2) | (square > 2)).any(1)   # a singular value above 1
+        table = j if j.ndim == 1 else j[first:first + group]
         orbits = chaos_game(members, table, starts, orbits)
         for cloud, wide, out in zip(orbits.flatten(2).split(few, 1), expands.split(few),
-                                    covered.split(few)):
+                                    coverage[first:first + group].split(few)):
             hits = rasterize(cloud, size, *bounding_box(cloud, wide, trim))
             out.copy_(hits) if texture == "point" else dilate(hits, out=out)
     return coverage
@@ -306,8 +328,9 @@ def render_ifs(maps, size=512, points=100_000, texture="random", generator=None,
     """Draw IFS attractors: maps (L, N, 2, 3) -> grey images (L, size, size) uint8 on maps.device.
 
     texture: "random" 3x3 masks (the paper), "fill" whole 3x3 stamps, "point" single pixels.
-    generator: on the CPU; draws the map sequence and seeds the texture. Systems without an
-    attractor give blank or nearly blank images, never NaN. Raises ValueError on bad arguments.
+    generator: on the CPU; draws the map sequence and seeds the texture. Systems that expand on
+    average run away within the 512 steps of the burn-in: like all systems without an attractor they
+    give blank or nearly blank images, never NaN. Raises ValueError on bad arguments.
     """
     if maps.ndim != 4 or maps.shape[2:] != (2, 3) or not len(maps) or not 8 <= size <= 4096 \
             or points < 1 or not maps.isfinite().all() or (
@@ -360,7 +383,9 @@ def base_ifs(num_maps, sigma, seed, min_fill=0.2, tries=1000):
     generator = torch.Generator().manual_seed(seed)
     for _ in range(tries):
         target = sigma + 0.2 * (torch.rand((), generator=generator).item() - 0.5)
-        maps = sample_ifs(num_maps, min(max(target, 1e-3), 3 * num_maps), generator)
+        if not 0 < target < 3 * num_maps:       # at 3 a map nothing contracts
+            continue
+        maps = sample_ifs(num_maps, target, generator)
         drawn = ifs_coverage(maps[None], 512, 100_000, "fill", None,
                              torch.Generator().manual_seed(seed))
         if (drawn > 0).float().mean() >= min_fill:
@@ -445,7 +470,7 @@ def fractaldb_maps(C, seed, min_fill=0.2):
     while len(kept) < C:
         maps = 2 * torch.rand(50, 7, 2, 3, generator=generator) - 1
         used = torch.arange(7) < torch.randint(2, 8, (50, 1), generator=generator)
-        probs = maps[..., :2].det().abs() * used
+        probs = determinant(maps).abs() * used
         fill = filled(ifs_coverage(maps, 512, 100_000, "point", probs,
                                    torch.Generator().manual_seed(seed), trim=False))
         maps *= (probs > 0)[:, :, None, None]                       # what is not used, not kept
@@ -464,7 +489,7 @@ def fractal_source(args, device):
 
     if args.categories == 1:
         base = base_ifs(args.num_maps, args.sigma, args.fractal_seed)
-        probs = base[:, :, :2].det().abs()      # of the unperturbed system, for all
+        probs = determinant(base).abs()         # of the unperturbed system, for all
         # Random masks light half of what whole stamps cover, and 5% of the picture must be lit.
         min_fill = 0.1 if args.texture == "random" else 0.05
         maps = liep_maps(base, args.delta, args.L, args.noise, seed,
@@ -522,13 +547,14 @@ def cloud_source(args, device):
     return Drawn(torch.arange(args.L), draw, device, dots=True, base=base, eps=theta - base)
 
 
-def gradient_noise(shape, generator):
-    """1-D Perlin noise at random positions, as the contours' authors sample it."""
-    slope = torch.randint(1, 9, (2, *shape), generator=generator).float()
-    slope *= torch.randint(0, 2, (2, *shape), generator=generator) * 2 - 1
-    f = torch.rand(shape, generator=generator)
+def perlin_noise(shape, random):
+    """1-D Perlin noise at random positions, as `pnoise1` of the package `noise`: half of its slopes
+    are -1, the others 1 to 8.
+    """
+    slope = np.where(random.random_sample((2, *shape)) < 0.5, -1, random.randint(1, 9, (2, *shape)))
+    f = random.random_sample(shape)
     fade = f ** 3 * (f * (6 * f - 15) + 10)
-    return 0.4 * torch.lerp(slope[0] * f, slope[1] * (f - 1), fade)
+    return 0.4 * (slope[0] * f * (1 - fade) + slope[1] * (f - 1) * fade)
 
 
 def contour(kind, seed, category, instance):
@@ -536,88 +562,69 @@ def contour(kind, seed, category, instance):
 
     Pixels of a 512 canvas. From one of the P polygons to the next each vertex moves outwards by
     noise, and by two sine waves in a Visual Atom. Numbers of masora1030/CVPR2022-Pretrained-ViT-
-    PyTorch (make_rcdb.py) and masora1030/CVPR2023-FDSL-on-VisualAtom (render_VisualAtom.py).
+    PyTorch (make_rcdb.py) and masora1030/CVPR2023-FDSL-on-VisualAtom (make_VisualAtom.sh).
     """
-    def uniform(generator, low, high, *shape):
-        return low + (high - low) * torch.rand(shape, generator=generator)
-
-    def whole(generator, low, high, *shape):
-        return torch.randint(low, high + 1, shape, generator=generator)
-
-    shared = torch.Generator().manual_seed(seed_for(seed, kind, category))
-    own = torch.Generator().manual_seed(seed_for(seed, kind, category, instance))
-    rcdb, V, P = kind == "rcdb", 0, int(whole(shared, 1, 200))
+    shared = np.random.RandomState(seed_for(seed, kind, category))      # its stream never changes
+    own = np.random.RandomState(seed_for(seed, kind, category, instance))
+    rcdb, V, P = kind == "rcdb", 0, shared.randint(1, 201)
     while rcdb and not 3 <= V <= 200:
-        V = int(-100 * uniform(shared, 0, 1).clamp(min=1e-9).log())
-    V = V or int(whole(shared, 200, 1000))
-    c = uniform(shared, 0, 4) if rcdb else uniform(shared, 2, 6)
-    step = uniform(shared, 0, 0.1 if rcdb else 0.01)
-    waves = whole(shared, 0, 20, 2, 1).float()
+        V = int(shared.exponential(100))
+    V = V or shared.randint(200, 1001)
+    c, step = shared.uniform(0, 4), shared.uniform(0, 0.1)
     shape = own if rcdb else shared             # RCDB varies the ellipse within a category
-    radius = whole(shape, 0, 100 if rcdb else 50) * uniform(shape, 1, 2, 2)     # (2,), x and y
-    centre = uniform(own, 56, 456, 2) if rcdb else uniform(own, 0, 512, 2)
+    radius = shape.randint(0, 101) if rcdb else shape.randint(10, 61)
+    radius = radius * shape.uniform(1, 2, 2)                            # (2,), x and y
+    centre = own.uniform(56, 456, 2) if rcdb else own.uniform(0, 512, 2)
 
-    angle = torch.arange(V) * (2 * math.pi / V)
-    grow = c + step - c * (2 if rcdb else 1) * gradient_noise((P, V, 2), own)
+    angle = np.arange(V) * (2 * math.pi / V)
+    grow = c + step - c * (2 if rcdb else 1) * perlin_noise((P, V, 2), own)
     if not rcdb:
-        grow += 0.5 * (waves * angle).sin().sum(0)[:, None]
-    offsets = torch.stack([angle.cos(), angle.sin()], 1) * (radius + grow.cumsum(0))
-    return offsets, centre, whole(own, 0, 255, P).to(torch.uint8)
+        waves = shared.choice(21, (2, 1), replace=False)
+        grow += 0.5 * np.sin(waves * angle).sum(0)[:, None]
+    offsets = np.stack([np.cos(angle), np.sin(angle)], 1) * (radius + grow.cumsum(0))
+    return offsets, centre, own.randint(0, 256, P)
 
 
-def draw_contours(corners, greys, size, background):
-    """Closed lines, 1 pixel wide, later ones over earlier ones: corners (B, P, V, 2) in pixels,
-    x and y, and greys (B, P) uint8 -> images (B, size, size) uint8.
+def draw_contour(offsets, centre, greys, size, background, scale=1.0):
+    """Closed lines, 1 pixel wide, later ones over earlier ones -> image (size, size) uint8.
+
+    scale: a number, or one for each polygon (P, 1, 1), by which its radii are multiplied.
     """
-    B, P, V, _ = corners.shape
-    canvas = torch.full((B * size ** 2 + 1,), background, dtype=torch.uint8, device=corners.device)
-    ends = corners.roll(-1, 2)
-    beyond = ((corners < 0) & (ends < 0)) | ((corners >= size) & (ends >= size))
-    visible = ~beyond.any(3)                                        # (B, P, V)
-    image = torch.arange(B, device=corners.device)[:, None].expand(B, V)
-    for p in range(P):                          # one grey each, so the order of writes is settled
-        seen = visible[:, p]
-        start, grey = corners[:, p][seen], greys[:, p, None].expand(B, V)[seen]     # of M lines
-        along, offset = ends[:, p][seen] - start, image[seen] * size ** 2
-        dots = along.abs().amax(1).ceil().clamp(1, 9 * size).long()
-        line = torch.arange(len(dots), device=dots.device).repeat_interleave(dots)
-        t = torch.arange(len(line), device=dots.device) - (dots.cumsum(0) - dots)[line]
-        x, y = (start[line] + along[line] * (t / dots[line])[:, None]).floor().long().unbind(1)
-        inside = (x >= 0) & (x < size) & (y >= 0) & (y < size)
-        canvas[torch.where(inside, offset[line] + y * size + x, B * size ** 2)] = grey[line]
-    return canvas[:-1].view(B, size, size)
+    image = Image.new("L", (size, size), background)
+    pen, corners = ImageDraw.Draw(image), (centre + offsets * scale) * (size / 512)
+    for polygon, grey in zip(corners.astype(np.float32), greys.tolist()):
+        pen.polygon(polygon, outline=grey)
+    return torch.from_numpy(np.array(image))
 
 
 def contour_source(args, device):
     """Table 3: RCDB's nested polygons on white, or Visual Atoms' waves on black.
 
     One category: its first draw that fills a fifth of the canvas, and eps scales the radii of each
-    polygon by 1 + eps, the perturbation that the paper names without a formula.
+    polygon by 1 + eps, the perturbation that the paper names without a formula. Drawn on the CPU,
+    where Pillow is faster than a GPU would be.
     """
-    kind, background = args.source, 255 * (args.source == "rcdb")
-
-    def draw(one, scale=torch.ones(1, 1)):      # scale (B, P)
-        offsets, centre, greys = (t.to(device) for t in one)
-        corners = centre + offsets * scale.to(device)[:, :, None, None]         # (B, P, V, 2)
-        return draw_contours(corners * (args.canvas / 512), greys.expand(len(corners), -1),
-                             args.canvas, background)
+    kind, size, background = args.source, args.canvas, 255 * (args.source == "rcdb")
 
     if args.categories > 1:
         def draw_instances(i):
-            return torch.cat([draw(contour(kind, args.fractal_seed, *divmod(k, args.instances)))
-                              for k in i.tolist()])
+            return torch.stack([draw_contour(*contour(kind, args.fractal_seed, *divmod(
+                k, args.instances)), size, background) for k in i.tolist()]).to(device)
         labels = torch.arange(args.categories).repeat_interleave(args.instances)
         return Drawn(labels, draw_instances, device)
 
-    category = next(c for c in range(10 ** 9) if filled(
-        draw(contour(kind, args.fractal_seed, c, 0)), background) >= 0.2)
+    category = next(c for c in range(10 ** 9) if filled(draw_contour(
+        *contour(kind, args.fractal_seed, c, 0), size, background)[None], background) >= 0.2)
     base = contour(kind, args.fractal_seed, category, 0)
-    ones = torch.ones(len(base[0]))
+    ones = torch.ones(len(base[0]), 1, 1)
     scale = around(ones, args)
 
     def draw_scaled(i):
-        return torch.cat([draw(base, some) for some in scale[i].split(16)])
-    return Drawn(torch.arange(args.L), draw_scaled, device, category=category, eps=scale - ones)
+        return torch.stack([draw_contour(*base, size, background, one)
+                            for one in scale[i].numpy()]).to(device)
+
+    return Drawn(torch.arange(args.L), draw_scaled, device, category=category,
+                 eps=(scale - ones).flatten(1))
 
 
 def canny(image, low=100, high=200):
@@ -1169,7 +1176,6 @@ def square(image, side):
 
 def read_image(path):
     """An image file as a PIL image in RGB: 16-bit grey is scaled, bombs are not decoded."""
-    from PIL import Image
     with warnings.catch_warnings():
         warnings.simplefilter("error", Image.DecompressionBombWarning)          # 90 million pixels
         image = Image.open(path)
@@ -1419,7 +1425,8 @@ def load_checkpoint(path, flag="--ckpt"):
             with zipfile.ZipFile(path) as archive:
                 if archive.testzip() is not None:
                     raise ValueError
-        with torch.serialization.safe_globals([argparse.Namespace]):            # plain settings
+        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+            warnings.simplefilter("ignore")                         # the error says it in one line
             content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise InputError(f"{flag} {path}: no such file") from None
@@ -1612,6 +1619,9 @@ def train(args, team, model, batches, augment, steps, checkpoint=None, test=None
                 torch.manual_seed(key)
             augment.generator.manual_seed(key ^ 1)
             x, target = augment(images, labels)
+            if step == start and x.is_cuda:
+                with torch.random.fork_rng():                       # its masks are of this step
+                    network = compiled(network, x, target, args)
             if step == 0 and lead:
                 save_samples(out / "samples.png", x, augment)
             lr = learning_rate(step, steps, round(args.warmup * steps), args.lr)
@@ -1685,11 +1695,9 @@ def save_samples(path, x, augment, rows=8):
 
 def save_curve(out):
     """Loss, and test accuracy if any, over the images seen: out/log.jsonl -> out/curve.png."""
-    import matplotlib
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-    records = read_log(out)
-    figure, axis = plt.subplots(figsize=(6, 3.5), layout="constrained")
+    from matplotlib.figure import Figure
+    records, figure = read_log(out), Figure(figsize=(6, 3.5), layout="constrained")
+    axis = figure.subplots()
     loss = [(r["images"], r["loss"]) for r in records if "loss" in r]
     axis.plot(*zip(*loss), color="C0", lw=1)
     axis.set(xlabel="images seen", ylabel="training loss")
@@ -1699,19 +1707,18 @@ def save_curve(out):
         right.plot(*zip(*test), color="C1", marker=".")
         right.set_ylabel("test top-1 (%)", color="C1")
     figure.savefig(out / "curve.png", dpi=120)
-    plt.close(figure)
 
 
 # ==================================================================================================
 # 9 · Commands
 # ==================================================================================================
 
-def make_augment(args, num_classes, mean, std, vertical_flip):
-    """The augmentation that the flags of Table 9 ask for."""
+def make_augment(args, num_classes, mean, std, vertical_flip, erase):
+    """The augmentation that the flags of Table 9 ask for; erase: the probability of `--erase`."""
     return Augment(
         args.img_size, num_classes, crop=args.crop, aspect=args.aspect, crop_scale=args.crop_scale,
         flip=(0.5 * args.flip, 0.5 * args.flip * vertical_flip), randaug=args.randaug,
-        jitter=0.4 * args.jitter, erase=0.5 * args.erase, mixup=0.8 * args.mixup,
+        jitter=0.4 * args.jitter, erase=erase * args.erase, mixup=0.8 * args.mixup,
         cutmix=1.0 * args.cutmix, smoothing=args.smoothing, mean=mean, std=std)
 
 
@@ -1737,9 +1744,22 @@ def make_model(args, team, num_classes, steps, images):
               f"{images} images, {steps} steps of {args.batch_size} (global), {args.optimizer}, "
               f"peak lr {args.lr:g}, warm-up {round(args.warmup * steps)} steps, weight decay "
               f"{args.weight_decay:g}; run folder {args.out}", flush=True)
-    if team.device.type == "cuda" and importlib.util.find_spec("triton"):
-        model.compile()     # half a minute, once; on a CPU it would need a C++ compiler
     return model.to(team.device)
+
+
+def compiled(network, x, target, args):
+    """The network compiled, if that works on one batch, else as it is: Triton, a C compiler and a
+    GPU from sm_70 on are needed. It takes half a minute, once."""
+    fast = torch.compile(network)
+    try:
+        with autocast(x.device, args.precision):
+            lpce_loss(fast(x).float(), target).backward()
+    except Exception as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        print(f"onepfrac: not compiled, slower: {reason[:200]}", file=sys.stderr, flush=True)
+        fast = network
+    network.zero_grad(set_to_none=True)
+    return fast
 
 
 def textured(images, args, *key):
@@ -1764,6 +1784,10 @@ def start_run(args, team):
     """Make the run folder, or find what --resume goes on with -> (checkpoint or None)."""
     out = Path(args.out)
     last = out / "last.pt"
+    try:
+        import matplotlib.figure                # now: curve.png is drawn when hours have passed
+    except ImportError as error:
+        raise InputError(f"curve.png: {error}; pip install -r requirements.txt") from None
     if args.resume:
         if not last.exists():
             raise InputError(f"--resume: there is no {last} to go on with; check --out")
@@ -1855,7 +1879,7 @@ def pretrain(args, team):
     classes = int(source.labels.max()) + 1
     model = make_model(args, team, classes, args.steps,
                        f"{args.source}: {classes} classes, {len(source)}")
-    augment = make_augment(args, classes, HALF, HALF, True)
+    augment = make_augment(args, classes, HALF, HALF, True, 0.5)
     train(args, team, model, batches, augment, args.steps, checkpoint)
 
 
@@ -1903,7 +1927,7 @@ def train_on(args, team, model, images, tests, classes, steps, checkpoint=None):
     return train(
         args, team, model,
         lambda start: images.batches(rank_batches(len(images), args, team, start, steps)),
-        make_augment(args, classes, IMAGENET_MEAN, IMAGENET_STD, False), steps, checkpoint,
+        make_augment(args, classes, IMAGENET_MEAN, IMAGENET_STD, False, 0.25), steps, checkpoint,
         lambda: evaluate(model, tests, transform, team.device, args.precision),
         max(1, round(args.eval_epochs * len(images) / args.batch_size)))
 
@@ -2142,13 +2166,13 @@ def bench(args, team):
 
     base = base_ifs(args.num_maps, args.sigma, args.fractal_seed)
     maps = perturb(base, args.delta, 1000, torch.Generator().manual_seed(0)).to(device)
-    probs = base[:, :, :2].det().abs()
+    probs = determinant(base).abs()
     row("render", "render 512 x 512, 100,000 points",
         rate(lambda: render_ifs(maps, 512, 100_000, "random", None, probs), len(maps)),
         copy / (16 * 100_000 + 512 ** 2), "writing and reading the points, writing the pixels")
     with contextlib.redirect_stdout(None):
         model = make_model(args, team, args.L, args.steps, args.L)
-    augment = make_augment(args, args.L, HALF, HALF, True)
+    augment = make_augment(args, args.L, HALF, HALF, True, 0.5)
     images = torch.full((args.batch_size, S, S), GREY, dtype=torch.uint8, device=device)
     labels = torch.arange(args.batch_size, device=device) % args.L
     row("augment", f"texture and augment, {S} to {args.img_size}",
@@ -2157,6 +2181,8 @@ def bench(args, team):
 
     optimizer = make_optimizer(model, args.optimizer, args.lr, args.weight_decay)
     x, target = augment(images, labels)
+    if cuda:
+        model = compiled(model, x, target, args)
 
     def step():
         train_step(model, optimizer, x, target, args)
@@ -2297,7 +2323,8 @@ def make_parser():
         add_source(command)
         add_training(command, run)
         group = command.add_argument_group('Tables 13, 14: "w/ Aug.", and --source folder')
-        group.add_argument("--fresh-texture", action="store_true", help="new 3x3 masks every step")
+        group.add_argument("--fresh-texture", action="store_true",
+                           help="new random 3x3 masks every step")
         add_reading(group)
         return run
 
@@ -2350,7 +2377,7 @@ def check_source(args):
     if getattr(args, "fresh_texture", False) and (
             args.source not in ("fractal", "gaussian", "uniform") or args.texture != "random"):
         raise InputError("--fresh-texture: there is no texture to draw anew; it needs a source of "
-                         "dots and --texture random")
+                         "dots, and no --texture but random")
     if args.categories > 1 and args.source not in ("fractal", "rcdb", "va"):
         raise InputError(f"--categories: --source {args.source} has none to count; leave it out")
     if args.instances > 1 and args.categories == 1:
@@ -2369,6 +2396,8 @@ def fill_in(args):
         saved = load_checkpoint(args.ckpt).get("args", {})
         recipe = recipe | {k: saved[k] for k in ("model", "img_size", "patch_size") if k in saved}
     numbers = recipe | recipe.get(args.command, recipe["pretrain"])
+    if getattr(args, "fresh_texture", False):                       # masks are what can be fresh
+        numbers |= dict(texture="random")
     numbers |= {name: name in numbers["augment"].split() for name in SWITCHES}
     for name, value in numbers.items():
         if hasattr(args, name) and getattr(args, name) is None:
