@@ -2,36 +2,36 @@
 # What README reports, run again: bash reproduce.sh [nano|small|paper] [transfer|all|NAME ...]
 #
 #   bash reproduce.sh                    # transfer at nano: the fractal against training from scratch
-#   bash reproduce.sh table5 fig3        # tables of the paper, by the names of `onepfrac.py table -h`
+#   bash reproduce.sh table5 fig3        # tables of the paper, by the names of `python results/tables.py -h`
 #   bash reproduce.sh small all          # all of them on a GPU
 #   DATA="--data folder --root DIR" bash reproduce.sh ...    # other data than torchvision's CIFAR-100
 #
-# A table's run that has its line in results/runs.jsonl is not run again. An interrupted script goes
-# on where it stopped; every run keeps its folder under runs/.
+# A table's run that is in results/records.jsonl or has its folder under runs/ is not run again. An interrupted script
+# continues where it stopped.
 set -euo pipefail
 cd "$(dirname "$0")"
 python=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python3)}
 data=${DATA:---data cifar100}
 
-once() {    # once COMMAND FOLDER FLAGS: run, or go on with, the run in that folder
+once() {    # once COMMAND FOLDER FLAGS: run it, or resume the run in that folder
     local command=$1 out=$2; shift 2
     if [ -f "$out/last.pt" ] || compgen -G "$out/layer*/last.pt" > /dev/null; then set -- "$@" --resume; fi
     "$python" onepfrac.py "$command" --out "$out" "$@"
 }
 
-tables() {    # tables NAMES: what has no record yet
+tables() {    # tables NAMES: run what is not measured yet
     local plan command flags
-    plan=$("$python" onepfrac.py table "$@" --recipe "$recipe" --plan)
+    plan=$("$python" results/tables.py "$@" --recipe "$recipe" --plan)
     echo "$plan"
     while read -r command flags; do
         case $command in
             pretrain) once pretrain "${flags##*--out }" ${flags%--out *} ;;
-            finetune | probe) once "$command" "${flags##*--out }" ${flags%--out *} $data \
-                --record results/runs.jsonl ;;
+            finetune | probe) once "$command" "${flags##*--out }" ${flags%--out *} $data ;;
+            logistic) "$python" results/logistic.py $flags $data ;;
         esac
     done <<< "$plan"
-    "$python" onepfrac.py table --recipe "$recipe" > /dev/null      # into results/tables/
-    "$python" onepfrac.py table "$@" --recipe "$recipe"
+    "$python" results/tables.py --recipe "$recipe" --collect > /dev/null    # writes results/tables/
+    "$python" results/tables.py "$@" --recipe "$recipe"
 }
 
 # Pre-trains on the fractal with three seeds, lets a fifth of the training images choose the learning

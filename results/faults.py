@@ -11,6 +11,7 @@ Every command runs in a process of its own, a fork of this one. Writes results/f
 import argparse
 import copy
 import io
+import json
 import os
 import pickle
 import random
@@ -34,8 +35,8 @@ import onepfrac as op
 SMALL = ("--device cpu --recipe nano --precision fp32 --img-size 16 --model vit_nano --batch-size 8 --log-every 3 "
          "--save-every 2").split()
 PRE = "pretrain --L 8 --canvas 32 --points 500 --steps 40 --drop-path 0.1 --randaug --mixup --fresh-texture".split()
-PRE += ["--texture", "random", *SMALL]
-FINE = "finetune --data folder --workers 0 --epochs 12 --eval-epochs 1.7 --erase --cutmix".split() + SMALL
+PRE += SMALL
+FINE = "finetune --data folder --workers 1 --epochs 12 --eval-epochs 1.7 --erase --cutmix".split() + SMALL
 
 
 def forked(arguments, seconds=None, number=signal.SIGKILL, largest=None):
@@ -76,7 +77,8 @@ def one_line(status, output):
 def outcome(folder):
     """What must be the same: weights, moments, and the log but for its times."""
     saved = torch.load(folder / "last.pt", weights_only=True)
-    log = [{k: v for k, v in r.items() if k not in ("seconds", "images_per_s")} for r in op.read_log(folder)]
+    log = [{k: v for k, v in json.loads(line).items() if k not in ("seconds", "images_per_s")}
+           for line in (folder / "log.jsonl").read_text().splitlines()]
     tensors = list(saved["model"].values()) + [t for s in saved["optimizer"]["state"].values() for t in s.values()]
     return log, tensors
 
@@ -131,7 +133,7 @@ def stops(count, rng, folder):
             status, output = forked([*arguments, "--out", out], rng.uniform(0.1, 0.9) * seconds, number)
             if status == 128 + number and "onepfrac: interrupted" not in output:    # before or after the training
                 stopped += 1
-                untidy += "--resume goes on" not in output or "Traceback" in output
+                untidy += "--resume continues" not in output or "Traceback" in output
                 status, output = forked([*arguments, "--out", out, "--resume"])
                 other += status != 0 or not same(outcome(out), outcome(whole))
             elif status not in (0, 130, -signal.SIGTERM):           # done before, or nothing to save yet
@@ -230,7 +232,7 @@ def checkpoints(count, rng, folder):
             status, output = forked([*PRE, "--out", out, "--resume"])
         else:
             status, output = forked([*FINE, "--root", folder / "images", "--epochs", "0.01", "--ckpt", out / "last.pt",
-                                     "--record", folder / "runs.jsonl", "--out", folder / "tuned"])
+                                     "--out", folder / "tuned"])
             shutil.rmtree(folder / "tuned", ignore_errors=True)
         shutil.rmtree(out)
         found["checkpoints"] += 1

@@ -1,19 +1,28 @@
-"""onepfrac beside what one would use instead, each ratio measured in one run, in turns, on the same cores:
+"""How fast onepfrac is, beside the machine's limits and beside what one would use instead:
 
-    python results/speed.py [--authors FOLDER] [NAME ...]   # one line of JSON for each NAME, by default for all
+    python results/speed.py [NAME ...]                      # a line of JSON for each NAME, by default for all
+    python results/speed.py limits --flags="--recipe small" # flags of pretrain
+    python results/speed.py generator --authors FOLDER      # the src folder of SUPER-TADORY/1p-frac's generator
 
+limits        every part beside a limit of the machine: rendering, augmentation, the training step, whole pre-training,
+              and drawing and pre-training on every source
 rendering     a compiled chaos game, point by point (numba, where it is installed), each in a process of its own
-generator     the authors' generator, one image (where --authors is the src folder of SUPER-TADORY/1p-frac's generator)
+generator     the authors' generator, one image
 augmentation  timm's transforms and PIL in a DataLoader over rendered PNG files (timm, where it is installed)
 step          the training step of timm's Vision Transformer, the same shapes (timm, where it is installed)
 memory        what rendering 21,000 images needs besides the images
 scaling       rendering at twice the points, images, pixels; pre-training with L = 21,000 against 1,000
 
-onepfrac needs none of them. Its own parts, and how near they come to the machine's limits, are timed by `bench`.
+Ways that are compared take turns in one run on the same cores. `limits` runs on a GPU where there is one, the others
+on the CPU.
 """
 import argparse
+import contextlib
+import io
 import json
 import multiprocessing
+import platform
+import resource
 import subprocess
 import sys
 import tempfile
@@ -23,9 +32,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import onepfrac as op
+from figures import SOURCES
 
 try:
     import numba
@@ -76,13 +87,101 @@ def take_turns(ways, rounds):
     return {name: times[1:] for name, times in seconds.items()}
 
 
+def last_line(folder):
+    return json.loads((Path(folder) / "log.jsonl").read_text().splitlines()[-1])
+
+
 def ratio(seconds, slow, fast):
     return round(min(seconds[slow]) / min(seconds[fast]), 2)
 
 
+def pretraining(flags, *more):
+    """Settings of a pre-training whose last line of the log is about its last 20 steps."""
+    with contextlib.redirect_stdout(None):
+        return op.parse(["pretrain", "--steps", "40", "--log-every", "20", *flags.split(), *more])
+
+
+def flops(model, args, x, target):
+    """Operations of a training step."""
+    with FlopCounterMode(display=False) as count:
+        op.train_step(model, op.make_optimizer(model, args), x, target, args.lr, args)
+    return count.get_total_flops()
+
+
+def limits(options):
+    """images/s of every part, and which share of a limit that is: of the time to read and write its data once, of a
+    matrix product with as many operations, or, for whole pre-training, of the bare step."""
+    args = pretraining(options.flags)
+    cuda = args.device == "cuda"
+    S, B = args.canvas, args.batch_size
+
+    def rate(function, work):                   # a second, the median over at least one
+        times = 20 if cuda else 1               # a GPU is waited for once in 20 calls
+        function()
+        seconds = []
+        while sum(seconds) < 1:
+            began = time.perf_counter()
+            for _ in range(times):
+                function()
+            if cuda:
+                torch.cuda.synchronize()
+            seconds.append(time.perf_counter() - began)
+        return times * work / sorted(seconds)[len(seconds) // 2]
+
+    def whole(flags=""):
+        with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
+            op.pretrain(pretraining(f"{options.flags} {flags}", "--out", folder))
+            return last_line(folder)["images_per_s"]
+
+    def share(speed, limit):
+        return dict(images_per_s=round(speed, 1), share=round(speed / limit, 3))
+
+    whole()                                     # warms up
+    unit = 1 if sys.platform == "darwin" else 1024
+    peak = torch.cuda.max_memory_allocated() if cuda else (
+        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)
+    data = torch.ones(2, 2 ** 28, dtype=torch.uint8, device=args.device)
+    copy = rate(lambda: data[0].copy_(data[1]), data[0].numel())
+    dtype = torch.bfloat16 if args.precision == "bf16" else torch.float32
+    square = torch.randn(2, *2 * [8192 if cuda else 2048], device=args.device).to(dtype)
+    product = rate(lambda: square[0] @ square[1], 2 * square.shape[1] ** 3)
+    del data, square
+
+    maps, probs = (t.to(args.device) for t in fractals(1000, args.delta))
+    render = rate(lambda: op.render_ifs(maps, 512, 100_000, "random", None, probs), len(maps))
+
+    model = op.make_model(args, args.L).to(args.device)
+    augment = op.make_augment(args, args.L, op.HALF, op.HALF, vertical=0.5, erase=0.5)
+    images = torch.full((B, S, S), op.GREY, dtype=torch.uint8, device=args.device)
+    labels = torch.arange(B, device=args.device) % args.L
+    augmented = rate(lambda: augment(images, labels), B)
+
+    x, target = augment(images, labels)
+    operations, optimizer = flops(model, args, x, target), op.make_optimizer(model, args)
+    network = op.accelerate(model, args)
+    turns = [(rate(lambda: op.train_step(network, optimizer, x, target, args.lr, args), B), whole())
+             for _ in range(3)]
+    bare, trained = (max(speeds) for speeds in zip(*turns))
+
+    sources = {}
+    for label, flags in SOURCES.items():
+        source = op.source_data(pretraining(f"{options.flags} {flags}"))
+        some, began = torch.arange(min(len(source), 64)), time.perf_counter()
+        source.draw(some).sum().item()          # a GPU is done by then
+        drawn = len(some) / (time.perf_counter() - began)
+        sources[label] = dict(drawn_per_s=round(drawn), trained_per_s=round(whole(flags)))
+    return dict(
+        device=args.device, processor=torch.cuda.get_device_name() if cuda else platform.machine(), recipe=args.recipe,
+        flags=options.flags, precision=args.precision, peak_gb=round(peak / 1e9, 2),
+        copy_gb_per_s=round(copy / 1e9, 1), product_tflop_per_s=round(product / 1e12, 3),
+        render=share(render, copy / (16 * 100_000 + 512 ** 2)),    # points are written and read, pixels written
+        augment=share(augmented, copy / (S ** 2 + 12 * args.img_size ** 2)),
+        step=share(bare, product * B / operations), pretrain=share(trained, bare), sources=sources)
+
+
 def fractals(images, delta=0.05):
     base = op.base_ifs(2, 3.5, 32)
-    return op.perturb(base, delta, images, torch.Generator().manual_seed(0)), base[:, :, :2].det().abs()
+    return op.perturb(base, delta, images, torch.Generator().manual_seed(0)), op.determinant(base).abs()
 
 
 def ours(maps, probs, points=100_000, size=512):
@@ -157,12 +256,13 @@ def augmentation(args, images=2048):
     from PIL import Image
     from torchvision.datasets import ImageFolder
     maps, probs = fractals(64)
-    coverage = op.ifs_coverage(maps, 128, 20_000, "fill", probs)
+    whole = op.render_ifs(maps, 128, 20_000, "fill", torch.Generator().manual_seed(0), probs)
     i = torch.arange(images) % len(maps)
-    augment = op.Augment(32, len(maps), mixup=0, cutmix=0, generator=torch.Generator().manual_seed(0))
+    augment = op.Augment(32, len(maps), mixup=0, cutmix=0)
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, "0").mkdir()
-        for k, image in enumerate(op.stamp(coverage[i].clone(), "random")):
+        op.stamp(stamped := whole[i])
+        for k, image in enumerate(stamped):
             Image.fromarray(image.numpy()).convert("RGB").save(f"{folder}/0/{k}.png")
         transform = timm.data.create_transform(
             32, is_training=True, auto_augment="rand-m9-inc1", color_jitter=0.4, re_prob=0.5, re_mode="pixel",
@@ -172,7 +272,8 @@ def augmentation(args, images=2048):
 
         def device():
             for batch in i.split(64):
-                augment(op.stamp(coverage.index_select(0, batch), "random"), batch)
+                op.stamp(drawn := whole[batch])
+                augment(drawn, batch)
 
         seconds = take_turns({"timm": lambda: [None for _ in loader], "onepfrac": device}, 3)
     return dict(timm=timm.__version__, images=images, workers=torch.get_num_threads(), seconds=seconds,
@@ -188,12 +289,13 @@ def step(args):
         for precision in ("bf16", "fp32"):
             dim, depth, heads = op.MODELS[model]
             shapes = dict(img_size=size, patch_size=patch, num_classes=1000)
-            settings = argparse.Namespace(precision=precision, clip_grad=0)
+            settings = argparse.Namespace(precision=precision, clip_grad=0, optimizer="adamw", lr=1e-3,
+                                          weight_decay=0.05)
             x, target = torch.randn(batch, 3, size, size), torch.full((batch, 1000), 1e-3)
 
             def steps(network):
-                optimizer = op.make_optimizer(network, "adamw", 1e-3, 0.05)
-                return lambda: [op.train_step(network, optimizer, x, target, settings) for _ in range(5)]
+                optimizer = op.make_optimizer(network, settings)
+                return lambda: [op.train_step(network, optimizer, x, target, 1e-3, settings) for _ in range(5)]
 
             seconds = take_turns({
                 "timm": steps(timm.models.VisionTransformer(embed_dim=dim, depth=depth, num_heads=heads, **shapes)),
@@ -235,17 +337,18 @@ def scaling(args):
                 command = [sys.executable, op.__file__, "pretrain", "--recipe", "nano", "--device", "cpu", "--L", L,
                            "--steps", "100", "--log-every", "50", "--out", folder]
                 subprocess.run(command, capture_output=True, check=True)
-                found.append(op.read_log(Path(folder))[-1]["images_per_s"])
+                found.append(last_line(folder)["images_per_s"])
     return dict(seconds=seconds, times={name: ratio(seconds, name, "base") for name in sizes},
                 pretraining_images_per_s_by_L=rates, L_21000_over_1000=round(max(rates["21000"]) / max(rates["1000"]), 3))
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    every = dict(rendering=rendering, generator=generator, augmentation=augmentation, step=step, memory=memory,
-                 scaling=scaling)
+    every = dict(limits=limits, rendering=rendering, generator=generator, augmentation=augmentation, step=step,
+                 memory=memory, scaling=scaling)
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(every)}")
     parser.add_argument("--authors", metavar="FOLDER")
+    parser.add_argument("--flags", default="", help="of pretrain, for limits")
     args = parser.parse_args()
     op.keep_memory()
     for name in args.names or every:

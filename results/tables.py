@@ -1,93 +1,124 @@
-"""What `python onepfrac.py table` knows: the rows of the paper's tables, the runs that fill them, and how they look."""
+"""The paper's numbers beside the measured ones: python results/tables.py [NAME ...]
+
+    python results/tables.py table5 fig3        # print two tables
+    python results/tables.py --plan table5      # print the commands whose results are missing
+    python results/tables.py --collect          # keep what the run folders say in results/records.jsonl
+    python results/tables.py                    # print all tables, write results/tables/RECIPE.md and RECIPE.png
+
+The measured numbers come from the run folders under --runs and from results/records.jsonl. results/runs.jsonl holds
+older records, of commit 807172b and before. Those commits draw an orbit before it has forgotten the origin, so the
+two kinds are never mixed: a table shows the old records, and says so, until one of its rows is measured anew. Then
+the whole old table moves to results/tables/old_RECIPE.md.
+"""
+import argparse
+import contextlib
+import functools
 import json
+import statistics
 import sys
 from pathlib import Path
 
-import torch
-
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
 import onepfrac as op
+
+OLD = "commit 807172b and before"
+# What a result does not depend on.
+BESIDE = {*op.FREE, "ckpt", "world", "eval_epochs", "commit", "torch", "threads", "processor"}
+# How long the tables' runs are: flags by command.
+LENGTH = {"nano": dict(pretrain="--steps 2000", finetune="--train-per-class 250 --epochs 3",
+                       probe="--train-per-class 250", logistic="--train-per-class 250"),
+          "small": {}, "paper": {}}
+
+
+def decisive(args):
+    """The settings that a result depends on."""
+    texture = {"texture": "fresh"} if args.get("fresh_texture") else {}
+    return {k: v for k, v in (args | texture).items() if k not in BESIDE}
+
+
+@functools.cache
+def settings(line):
+    """The decisive settings of a command line. `logistic` has the flags of `probe`."""
+    command, *flags = line.split()
+    with contextlib.redirect_stdout(None):
+        args = op.parse(["probe" if command == "logistic" else command, *flags])
+    return decisive(vars(args) | {"command": command})
 
 
 def tables(recipe):
-    """What `table` knows of the paper, at the size of a recipe: name -> (title, seeds, rows), a row
-    (label, CIFAR-100 top-1 in the paper, flags of pre-training or None for scratch[, of a probe]).
-    """
-    L, on = op.RECIPES[recipe]["pretrain"]["L"], op.RECIPES[recipe]["pretrain"]["augment"].split()
-    scratch, ours = ("scratch", 64.2, None), ("1p-frac", 84.2, "")
-    many, few = f"--categories {L} --instances {L}", f"--categories {L}"
+    """name -> (title, seeds, rows). A row: label, CIFAR-100 top-1 in the paper, flags of pre-training or None for
+    scratch, and what follows it: finetune, or a probe with its flags."""
+    usual = settings(f"pretrain --recipe {recipe}")
+    scratch, ours = ("scratch", 64.2, None, "finetune"), ("1p-frac", 84.2, "", "finetune")
+    few = f"--categories {usual['L']}"
+    many = f"{few} --instances {usual['L']}"
+
+    def tuned(*rows):
+        return [(*row, "finetune") for row in rows]
 
     def sweep(flag, top1):
-        return [(str(value), paper, f"--{flag} {value}") for value, paper in top1.items()]
+        return tuned(*((str(value), paper, f"--{flag} {value}") for value, paper in top1.items()))
 
     def turn(top1, *names):                     # off what the recipe has on, and the reverse
-        off = [name in on for name in names]
-        return (" and ".join(f"without {n}" if o else f"with {n}" for n, o in zip(names, off)),
-                top1 if all(off) else None,
-                " ".join(f"--no-{n}" if o else f"--{n}" for n, o in zip(names, off)))
+        on = [usual[name] for name in names]
+        return (" and ".join(f"without {n}" if o else f"with {n}" for n, o in zip(names, on)),
+                top1 if all(on) else None,
+                " ".join(f"--no-{n}" if o else f"--{n}" for n, o in zip(names, on)), "finetune")
 
-    def probes(label, flags, top1=(None,) * 5, classifier=""):
-        return [(f"{label}, k = {k}", paper, flags, f"--layers {k}{classifier}")
+    def probes(command, label, flags, top1=(None,) * 5):
+        return [(f"{label}, k = {k}", paper, flags, f"{command} --layers {k}")
                 for k, paper in zip((1, 2, 3, 4, 6), top1)]
 
     return {
         "table2": ("FractalDB, OFDB and 1p-frac", 3, [
-            scratch, ("FractalDB", 81.6, many), ("OFDB", 84.0, few), ours]),
-        "table3": ("contours", 1, [
-            ("RCDB", 81.6, "--source rcdb " + many), ("RCDB, one a category", 80.4,
-                                                      "--source rcdb " + few),
-            ("RCDB, one image", 82.5, "--source rcdb"), ("Visual Atoms", 84.9,
-                                                         "--source va " + many),
-            ("Visual Atoms, one a category", 82.1, "--source va " + few),
-            ("Visual Atoms, one image", 82.6, "--source va"), ours]),
-        "table4": ("one image of noise, in random 3x3 masks", 1, [
+            scratch, *tuned(("FractalDB", 81.6, many), ("OFDB", 84.0, few)), ours]),
+        "table3": ("contours", 1, [*tuned(
+            ("RCDB", 81.6, f"--source rcdb {many}"), ("RCDB, one a category", 80.4, f"--source rcdb {few}"),
+            ("RCDB, one image", 82.5, "--source rcdb"), ("Visual Atoms", 84.9, f"--source va {many}"),
+            ("Visual Atoms, one a category", 82.1, f"--source va {few}"),
+            ("Visual Atoms, one image", 82.6, "--source va")), ours]),
+        "table4": ("one image of noise, in random 3x3 masks", 1, [*tuned(
             ("Gaussian", 1.1, "--source gaussian --texture random"),
             ("uniform", 2.0, "--source uniform --texture random"),
-            ("1p-frac", 84.2, "--texture random"), scratch]),
+            ("1p-frac", 84.2, "--texture random")), scratch]),
         "table5": ("perturbation degree Delta", 3, sweep("delta", {
             0.001: 1.2, 0.01: 19.9, 0.05: 83.0, 0.1: 84.2, 0.2: 83.4, 1.0: 82.6})),
         "table6": ("sigma-factor", 1, sweep("sigma", {
             3.5: 84.2, 4.0: 82.8, 4.5: 81.9, 5.0: 82.2, 6.0: 81.3})),
-        "table7": ("number of perturbations L", 1, sweep("L", {
-            16: 78.7, 64: 82.3, 512: 82.4, 1000: 84.2})),
+        "table7": ("number of perturbations L", 1, sweep("L", {16: 78.7, 64: 82.3, 512: 82.4, 1000: 84.2})),
         "table9": ("augmentation, the recipe with one switch turned", 1, [
             ours, turn(83.4, "randaug"), turn(80.1, "crop"), turn(83.6, "aspect"),
             turn(84.0, "erase"), turn(83.6, "mixup"), turn(83.3, "cutmix"),
             turn(80.4, "mixup", "cutmix"), turn(84.3, "flip"), turn(84.2, "jitter")]),
-        "table11": ("one photograph (the paper: mean of five) under affine warps", 1, [
-            ("RGB", 81.6, "--source image"), ("edges", 82.2, "--source image --edges canny")]),
-        "table12": ("the edges of one photograph (the paper: mean of five) under warps", 1, [
+        "table11": ("one photograph (the paper: mean of five) under affine warps", 1, tuned(
+            ("RGB", 81.6, "--source image"), ("edges", 82.2, "--source image --edges canny"))),
+        "table12": ("the edges of one photograph (the paper: mean of five) under warps", 1, tuned(
             ("affine", 81.9, "--source image --edges canny"),
             *((warp, top1, f"--source image --edges canny --warp {warp}") for warp, top1 in (
-                ("homography", None), ("elastic", 37.0), ("polynomial", 81.3)))]),
-        "table13": ("random patch augmentation", 1, [
-            (label + aug, top1, f"{flags} --texture random {fresh}".strip())
-            for aug, fresh, tops in (("", "", (84.0, 84.2)),
-                                     (" w/ Aug.", "--fresh-texture", (85.3, 84.7)))
-            for label, flags, top1 in zip(("OFDB", "1p-frac"), (few, ""), tops)]),
+                ("homography", None), ("elastic", 37.0), ("polynomial", 81.3))))),
+        "table13": ("random patch augmentation", 1, tuned(
+            ("OFDB", 84.0, f"{few} --texture random"), ("1p-frac", 84.2, "--texture random"),
+            ("OFDB w/ Aug.", 85.3, f"{few} --fresh-texture"), ("1p-frac w/ Aug.", 84.7, "--fresh-texture"))),
         "fractals": ("which fractal, --fractal-seed (not in the paper)", 1,
                      sweep("fractal-seed", dict.fromkeys((32, 0, 1, 2, 3, 4)))),
-        "fig3": ("linear probes of the first k blocks, and by L-BFGS", 1, [
-            *probes("1p-frac", "", (11.7, 15.5, 14.4, 13.8, 17.7)), *probes("random weights", None),
-            *probes("1p-frac, L-BFGS", "", classifier=" --classifier lbfgs"),
-            *probes("random weights, L-BFGS", None, classifier=" --classifier lbfgs")]),
+        "fig3": ("linear probes of the first k blocks", 1, [
+            *probes("probe", "1p-frac", "", (11.7, 15.5, 14.4, 13.8, 17.7)),
+            *probes("probe", "random weights", None)]),
+        "logistic": ("logistic regression on the first k blocks (not in the paper)", 1, [
+            *probes("logistic", "1p-frac", ""), *probes("logistic", "random weights", None)]),
     }
 
 
-TABLE_RUNS = {  # how long the tables' runs are: flags of pretrain, finetune and probe
-    "nano": ("--steps 2000", "--train-per-class 250 --epochs 3", "--train-per-class 250"),
-    "small": ("", "", ""), "paper": ("", "", "")}
+@functools.cache
+def planned(recipe, row, seed, runs="runs"):
+    """The runs of a row: two command lines (the first None for scratch), the settings of the first, these without
+    the flags of the row, and the settings of the second."""
+    _, _, flags, (command, *probing) = *row[:3], row[3].split()
+    folder = f"{runs}/tables/{recipe}/"
 
-
-def planned(recipe, row, seed):
-    """The runs of a row of `tables`: command lines (pretrain or None, finetune or probe), and what
-    a record of them must have: pairs (settings, settings with no flag of the row)."""
-    flags, probing, (before, after, probed) = row[2], " ".join(row[3:]), TABLE_RUNS[recipe]
-    common, folder = f"--recipe {recipe} --seed {seed}", f"runs/tables/{recipe}/"
-
-    def settings(line):
-        args = op.make_parser().parse_args(line.split())
-        op.fill_in(args)
-        return json.loads(json.dumps(op.result_settings(vars(args))))
+    def start(command):
+        return f"{command} --recipe {recipe} --seed {seed} {LENGTH[recipe].get(command, '')}".strip()
 
     def name(*words):
         return "-".join(" ".join(words).replace("--", "").split())
@@ -96,121 +127,196 @@ def planned(recipe, row, seed):
     if flags is None:
         folder += f"scratch/{seed}"
     else:
-        line = f"pretrain {common} {before}".strip()
-        pretraining, usual = settings(f"{line} {flags}"), settings(line)
+        usual = settings(start("pretrain"))
+        pretraining = settings(f"{start('pretrain')} {flags}")
         if pretraining == usual:                # rows that are the recipe itself share a run
             flags = ""
         folder += f"{name(flags) or '1p-frac'}/{seed}"
-        first = f"{line} {flags}".strip() + f" --out {folder}/pretrain"
-        ckpt = f"--ckpt {folder}/pretrain/last.pt "
-    line = f"probe {common} {probed} {probing}" if probing else f"finetune {common} {after}"
-    second = f"{' '.join(line.split())} {ckpt}--out {folder}/{name(line.split()[0], probing)}"
-    return first, second, (pretraining, usual), (settings(line), settings(line))
+        first = " ".join(f"{start('pretrain')} {flags} --out {folder}/pretrain".split())
+        ckpt = f" --ckpt {folder}/pretrain/last.pt"
+    second = " ".join([start(command), *probing])
+    return (first, f"{second}{ckpt} --out {folder}/{name(command, *probing)}", pretraining, usual, settings(second))
 
 
-def matches(record, pretraining, settings):
-    """Whether a record has these settings. A flag that came later counts as left out then; a
-    folder counts as CIFAR-100, since nothing tells what is in it."""
+def fits(record, pretraining, usual, second):
+    """Whether a record has these settings. A flag that came later counts as left out then. The data of a folder
+    count as CIFAR-100, since nothing tells what is in it."""
     def same(old, new, usual):
         return (old is None) == (new is None) and all(
-            old.get(k, usual[k]) == new[k] for k in new or () if k not in ("precision", "data"))
-    return (same(record["pretrain"], *pretraining) and same(record["settings"], *settings)
-            and record["settings"]["data"] in ("cifar100", "folder"))
+            old.get(k, usual[k]) == new[k] for k in new or () if k != "data")
+    return (record["settings"]["data"] in ("cifar100", "folder")
+            and same(record["pretrain"], pretraining, usual) and same(record["settings"], second, second))
 
 
-def table(args):
-    """The paper's numbers beside the measured ones, from the runs' records (all tables: into --out
-    as well); or, with --plan, the commands that are still to be run."""
-    out, path, known = Path(args.out), Path(args.records), tables(args.recipe)
-    for name in args.names:
-        if name not in known:
-            raise op.InputError(f"NAME {name}: there is no such table; there are {', '.join(known)}")
-    try:
-        lines = path.read_text().splitlines() if path.exists() else []
-        records = [json.loads(line) for line in lines]
-        whole = all({"recipe", "seed", "seconds", "test_top1", "device", "commit", "pretrain",
-                     "settings"} <= set(r) for r in records)
-    except (ValueError, TypeError):
-        whole = False
-    if not whole:
-        raise op.InputError(f"--records {path}: not records of runs, a JSON object a line")
-    records = [r for r in records if r["recipe"] == args.recipe]
-    plan, used, body, measured = {}, [], [], {}
-    for name, (title, seeds, rows) in known.items():
-        if args.names and name not in args.names:
+def measured(recipe, rows, records):
+    """For each row its records, {seed: the last one that fits}."""
+    return [{r["seed"]: r for r in records if fits(r, *planned(recipe, row, r["seed"])[2:])} for row in rows]
+
+
+def read_run(folder):
+    """Settings and log of a run folder."""
+    lines = (folder / "log.jsonl").read_text().splitlines()
+    return json.loads((folder / "args.json").read_text()), [json.loads(line) for line in lines]
+
+
+def of_folders(runs):
+    """Records of the finished runs under a folder that tested something. Images and seconds are those of the run and
+    of its pre-training."""
+    for path in sorted(Path(runs).rglob("args.json")):
+        folder, args = path.parent, json.loads(path.read_text())
+        # `Run` draws curve.png when it ends, and logistic.py writes its log then.
+        end = folder / ("log.jsonl" if args["command"] == "logistic" else "curve.png")
+        if args["command"] == "pretrain" or not end.exists():
             continue
-        body += [f"## {name}: {title}", "", "| | paper | here | seeds |", "|---|---|---|---|"]
-        for row in rows:
-            values = []
-            for seed in sorted({*range(seeds), *(r["seed"] for r in records)}):
-                first, second, *settings = planned(args.recipe, row, seed)
-                found = [r for r in records if r["seed"] == seed and matches(r, *settings)][-1:]
-                values += [r["test_top1"] for r in found]
-                used += found
-                if not found and seed < seeds:
-                    plan |= {line: None for line in (first, second) if line}
-            number = f"{sum(values) / len(values):.2f}" if values else "not run"
-            if len(values) > 1:
-                number += f" ({torch.tensor(values).std():.2f})"
-            paper = "-" if row[1] is None else row[1]
-            asked = f" of {seeds}" if len(values) < seeds else ""
-            body.append(f"| {row[0]} | {paper} | {number} | {len(values)}{asked} |")
-            measured.setdefault(name, []).append((row[0], row[1], values))
-        body.append("")
-    missing = sum(not line.startswith("pretrain") for line in plan)
-    if args.plan:
-        print(*plan, sep="\n")
-        minutes = sum(r["seconds"] for r in records) / max(1, len(records)) / 60
-        about = f", about {missing * minutes:.0f} minutes by the records" if records else ""
-        print(f"{missing} runs to do{about}", file=sys.stderr)
-        return
-    before, after, probed = (flags or "as the recipe" for flags in TABLE_RUNS[args.recipe])
+        last, ckpt, before = read_run(folder)[1][-1], HERE.parent / (args["ckpt"] or ""), None
+        if args["ckpt"]:
+            before = dict(recipe=None, weights=args["ckpt"])        # somebody else's
+            if (ckpt.parent / "args.json").exists():
+                before, log = read_run(ckpt.parent)
+                before = decisive(before) | dict(steps=log[-1]["step"])
+                last |= {k: last[k] + log[-1][k] for k in ("images", "seconds")}
+        only = {} if args["command"] == "finetune" else {"layers": [int(folder.name.removeprefix("layer"))]}
+        yield dict(command=args["command"], recipe=args["recipe"], seed=args["seed"], commit=args["commit"],
+                   device=f"{args['device']} ({args['processor']}, {args['threads']} threads)",
+                   **{k: last[k] for k in ("images", "seconds", "test_top1", "test_top5")},
+                   settings=decisive(args) | only, pretrain=before)
+
+
+def read_records(path):
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def collect(runs):
+    """Add the records of the run folders to results/records.jsonl, each once."""
+    path = HERE / "records.jsonl"
+    lines = dict.fromkeys(map(json.dumps, read_records(path) + list(of_folders(runs))))
+    path.write_text("".join(line + "\n" for line in lines))
+
+
+def old_records():
+    """The records of results/runs.jsonl, with today's names for what they hold."""
+    for record in read_records(HERE / "runs.jsonl"):
+        for part in filter(None, (record["settings"], record["pretrain"])):
+            part["min_crop"] = part["crop_scale"][0]
+            if part.get("classifier") == "lbfgs":
+                part["command"] = "logistic"
+        yield record | dict(settings=decisive(record["settings"]),
+                            pretrain=record["pretrain"] and decisive(record["pretrain"]))
+
+
+def page(recipe, title, shown):
+    """Markdown of tables, shown: {name: (title, seeds, rows, found)}."""
+    used = [record for *_, found in shown.values() for row in found for record in row.values()]
     each = {key: ", ".join(sorted({str((r | r["settings"])[key]) for r in used})) or "none yet"
             for key in ("device", "commit", "data")}
-    head = [f"# The paper's tables at `{args.recipe}`", "",
-            "Top-1 on CIFAR-100's test set in percent, last epoch; mean (standard deviation over "
-            "seeds).", "",
-            f"pretrain: {before} · finetune: {after} · probe: {probed}  ",
-            f"data: {each['data']} · device: {each['device']} · commit: {each['commit']}  ",
-            f"missing: {missing} runs", ""]
-    print("\n".join(head + body))
-    if not args.names:
-        out.mkdir(parents=True, exist_ok=True)
-        (out / f"{args.recipe}.md").write_text("\n".join(head + body))
-        draw_tables(out, args.recipe, measured)
+    length = " · ".join(f"{command}: {LENGTH[recipe].get(command) or 'as the recipe'}"
+                        for command in ("pretrain", "finetune", "probe"))
+    lines = [f"# The paper's tables at `{recipe}`{title}", "",
+             "Top-1 on CIFAR-100's test set in percent after the last epoch, the mean and (standard deviation over "
+             "seeds).", "", f"{length}  ",
+             f"data: {each['data']} · device: {each['device']} · commit: {each['commit']}", ""]
+    for name, (title, seeds, rows, found) in shown.items():
+        lines += [f"## {name}: {title}", "", "| | paper | here | seeds |", "|---|---|---|---|"]
+        for row, records in zip(rows, found):
+            values = [r["test_top1"] for r in records.values()]
+            here = f"{statistics.mean(values):.2f}" if values else "not run"
+            here += f" ({statistics.stdev(values):.2f})" if len(values) > 1 else ""
+            count = f"{len(values)} of {seeds}" if len(values) < seeds else len(values)
+            lines.append(f"| {row[0]} | {'-' if row[1] is None else row[1]} | {here} | {count} |")
+        lines.append("")
+    return "\n".join(lines)
 
 
-def draw_tables(out, recipe, measured):
-    """Accuracy over delta, sigma and L, and of the probes over k: the paper's and ours."""
+def draw(path, recipe, shown, old):
+    """Accuracy over Delta, sigma and L, and of the probes over k: ours above, the paper's below. Small dots are
+    single seeds."""
     from matplotlib.figure import Figure
-    figure = Figure(figsize=(12, 3.2), layout="constrained")
-    axes = figure.subplots(1, 4)
-    scratch = next((v for row, _, v in measured.get("table2", ()) if row == "scratch"), ())
-    for axis, (name, label) in zip(axes, (("table5", "$\\Delta$"), ("table6", "$\\sigma$"),
-                                          ("table7", "$L$"), ("fig3", "$k$"))):
-        right = axis.twinx()
-        series = {}
-        for row, paper, values in measured.get(name, ()):
-            line, _, x = row.rpartition(", k = ")
-            series.setdefault(line or "1p-frac", []).append((float(x), paper, values))
-        for k, (line, points) in enumerate(series.items()):
-            ours = [(x, sum(v) / len(v)) for x, _, v in points if v]
-            axis.plot(*zip(*ours) if ours else ((), ()), color=f"C{k}", marker="o", label=line)
-            axis.scatter([x for x, _, v in points for _ in v], [y for _, _, v in points for y in v],
-                         color=f"C{k}", s=6)
-            theirs = [(x, paper) for x, paper, _ in points if paper is not None]
-            right.plot(*zip(*theirs) if theirs else ((), ()), color="0.6", marker="s", ls="--")
-        axis.set_xlabel(label)
-        if name in ("table5", "table7"):
-            axis.set_xscale("log")
-        else:
-            axis.set_xticks(sorted({x for points in series.values() for x, _, _ in points}))
-        axis.set_zorder(1)
-        axis.patch.set_visible(False)
-        if scratch and name != "fig3":
-            axis.axhline(sum(scratch) / len(scratch), color="C1", lw=1, label="scratch")
-        axis.legend(fontsize=7)
-    axes[0].set_ylabel(f"top-1 (%) at {recipe}")
-    right.set_ylabel("paper (grey)")
-    figure.savefig(out / f"{recipe}.png", dpi=150)
-    print(out / f"{recipe}.png")
+    figure = Figure(figsize=(13, 6), layout="constrained")
+    axes = figure.subplots(2, 4, sharex="col")
+    scratch = [r["test_top1"] for r in shown["table2"][3][0].values()]
+    panels = {"$\\Delta$": ("table5",), "$\\sigma$": ("table6",), "$L$": ("table7",),
+              "first $k$ blocks, frozen": ("fig3", "logistic")}
+    for (here, theirs), (label, names) in zip(axes.T, panels.items()):
+        lines = {}
+        for name in names:
+            for row, records in zip(*shown[name][2:]):
+                line, _, x = row[0].rpartition(", k = ")
+                values = [r["test_top1"] for r in records.values()]
+                line = (line or "1p-frac") + ",\nlogistic" * (name == "logistic")
+                lines.setdefault(line, []).append((float(x), row[1], values))
+        for k, (line, points) in enumerate(lines.items()):
+            ours = [(x, statistics.mean(values)) for x, _, values in points if values]
+            paper = [(x, top1) for x, top1, _ in points if top1 is not None]
+            for axis, color, curve in ((here, f"C{k}", ours), (theirs, "0.4", paper)):
+                if curve:
+                    axis.plot(*zip(*curve), color=color, marker="o")
+                    axis.annotate(line, curve[-1], (8, 0), textcoords="offset points", color=color, va="center")
+            here.scatter([x for x, _, values in points for _ in values],
+                         [y for *_, values in points for y in values], color=f"C{k}", s=6)
+        if scratch and "fig3" not in names:
+            level = statistics.mean(scratch)
+            here.axhline(level, color="C1", lw=1)
+            here.annotate("from\nscratch", (1, level), (3, 0), here.get_yaxis_transform(), "offset points",
+                          color="C1", va="center")
+        if label in ("$\\Delta$", "$L$"):
+            theirs.set_xscale("log")
+        ticks = [x for x, *_ in points]
+        theirs.set_xticks(ticks, [f"{x:g}" for x in ticks], rotation=45)
+        theirs.minorticks_off()
+        theirs.set_xlabel(label)
+        here.set_title(" and ".join(names) + f"\n({OLD})" * any(name in old for name in names), size=10)
+    axes[0, 0].set_ylabel(f"top-1 (%) here, at {recipe}")
+    axes[1, 0].set_ylabel("top-1 (%) in the paper")
+    figure.savefig(path, dpi=120)
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(tables('nano'))}; default: all")
+    parser.add_argument("--recipe", default="nano", choices=op.RECIPES)
+    parser.add_argument("--runs", default="runs", help="where run folders are")
+    parser.add_argument("--plan", action="store_true", help="print what is still to be run")
+    parser.add_argument("--collect", action="store_true", help="keep the run folders' records")
+    args = parser.parse_args(argv)
+    known = tables(args.recipe)
+    for name in args.names:
+        if name not in known:
+            parser.error(f"NAME {name}: there are {', '.join(known)}")
+    if args.collect:
+        collect(args.runs)
+    records, before = ([r for r in found if r["recipe"] == args.recipe] for found in (
+        [*read_records(HERE / "records.jsonl"), *of_folders(args.runs)], old_records()))
+
+    plan, shown, moved, not_yet = {}, {}, {}, set()     # moved: old tables that are measured anew
+    for name in args.names or known:
+        title, seeds, rows = known[name]
+        found, old = (measured(args.recipe, rows, those) for those in (records, before))
+        for row, there in zip(rows, found):
+            for seed in set(range(seeds)) - set(there):
+                plan |= dict.fromkeys(planned(args.recipe, row, seed, args.runs)[:2])
+        shown[name] = title, seeds, rows, found
+        if any(old):
+            (moved if any(found) else shown)[name] = f"{title} (old: {OLD})", seeds, rows, old
+            not_yet |= set() if any(found) else {name}
+    plan.pop(None, None)                        # the first command from scratch
+    if args.plan:
+        print(*plan, sep="\n")
+        missing = sum(not line.startswith("pretrain") for line in plan)
+        about = records or before
+        minutes = missing * statistics.mean(r["seconds"] for r in about) / 60 if about else 0
+        print(f"{missing} runs to do" + f", about {minutes:.0f} minutes by the records" * bool(about),
+              file=sys.stderr)
+        return
+    text = page(args.recipe, "", shown)
+    print(text)
+    if not args.names:
+        out = HERE / "tables"
+        out.mkdir(exist_ok=True)
+        (out / f"{args.recipe}.md").write_text(text)
+        if moved:
+            (out / f"old_{args.recipe}.md").write_text(page(args.recipe, f", {OLD}", moved))
+        draw(out / f"{args.recipe}.png", args.recipe, shown, not_yet)
+
+
+if __name__ == "__main__":
+    main()
