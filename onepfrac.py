@@ -10,8 +10,8 @@ ECCV 2024). The paper calls its dataset 1p-frac, "1-parameter Fractal as Data". 
     python onepfrac.py finetune --ckpt runs/pretrain/last.pt    # that ViT -> CIFAR-100
     python onepfrac.py finetune --out runs/scratch              # the same from scratch
 
-Result (README): eight epochs of CIFAR-100 with 250 images a class end at 29.9% from the fractal and
-at 24.0% from scratch (means of three seeds), after eight minutes of pre-training on two CPU cores.
+Result (README): with --train-per-class 250, eight epochs end at 29.9% from the fractal and at 24.0%
+from scratch (three seeds, an earlier commit), after eight minutes of pre-training on two CPU cores.
 
 Part One is the whole method, to be read from top to bottom:
     1 fractals       what an iterated function system is, and how complex it is
@@ -107,8 +107,8 @@ def sample_ifs(num_maps, sigma, generator=None):
 # The chaos game draws the attractor. For one system, point by point:
 #
 #     v = (0, 0)
-#     for step in range(points):
-#         j = random map, chosen with probability p_j         # p_j is proportional to |det A_j|
+#     for step in range(500 + points):
+#         j = random map, chosen with probability p_j         # ~ |det A_j|, before perturbation
 #         v = A_j v + t_j
 #         if step > 500:                                      # (0, 0) is forgotten by now
 #             plot(v)
@@ -120,8 +120,8 @@ def sample_ifs(num_maps, sigma, generator=None):
 # pattern of dots of its own, and the network could know images by their dots and ignore the shape.
 #
 # For speed, many short orbits run side by side. The shared sequence is a table of random maps. At
-# each step orbit k uses table[offset + k], with a new random offset. The fractals that fill a
-# canvas are nearly rotations, and their orbits forget (0, 0) only after hundreds of steps. So each
+# each step orbit k uses table[offset + k], with a new random offset. Systems that fill a canvas
+# have a map near a rotation, and their orbits forget (0, 0) only after hundreds of steps. So each
 # orbit first runs through "words", products of 128 maps of the table.
 
 ORBIT = 150  # steps of each orbit that are drawn
@@ -140,8 +140,8 @@ def determinant(maps):
 
 def map_table(probs, points, generator=None):
     """A table j (..., M) of random maps, and a list of offsets: one for each doubling, each word of
-    the burn-in, each step. M is the number of orbits plus PLACES. Map i fills a fraction
-    probs[..., i] of the table, up to rounding (the draws are stratified)."""
+    the burn-in, each step. M is the number of orbits plus PLACES. Map i fills its share of
+    probs (..., N) of the table, up to rounding: the draws are stratified."""
     M = -(-points // ORBIT) + PLACES
     draws = torch.rand(M, generator=generator, dtype=torch.float64)
     draws = (torch.randperm(M, generator=generator) + draws) / M
@@ -158,14 +158,14 @@ def chaos_game(maps, j, offsets):
     out = maps.new_empty(2, B, ORBIT, K)
     index = j.to(maps.device).expand(3, 2, B, M)
     table = maps.permute(3, 2, 0, 1).gather(3, index)  # (3, 2, B, M): the columns of [A t]
-    words = table[..., :max(K, 128)]
+    words = table[..., :max(K, 128)]  # cyclic, and at least 128
     for offset in offsets[:DOUBLINGS]:  # apply word[k], then word[k + offset]
         A_x, A_y, t = words.roll(-offset, -1)
         words = (A_x * words[:, :1]).addcmul_(A_y, words[:, 1:])
         words[2] += t
     A_x, A_y, t = words
     v = t  # where the first word takes (0, 0)
-    for offset in offsets[DOUBLINGS:DOUBLINGS + BURN_IN]:  # orbit k takes over another's point
+    for offset in offsets[DOUBLINGS:DOUBLINGS + BURN_IN]:  # word k moves the point of another orbit
         x, y = v.roll(offset, -1)
         v = torch.addcmul(t, A_x, x).addcmul_(A_y, y)
     v = v[..., :K]
@@ -176,13 +176,13 @@ def chaos_game(maps, j, offsets):
 
 
 def bounding_box(points, expands, trim=True):
-    """Corners low, high (2, B) of points (2, B, P), and whether any point may lie outside. A system
+    """Corners low, high (2, B) of points (2, B, P), and whether to clip to the box. A system
     with a map that expands (B,) may throw a few points far out. With trim, its box is that of the
     central 98% of the points if the full one is over twice as large."""
     low, high = full = points.amin(2), points.amax(2)  # (2, B), NaN if any point is
     if trim and expands.any():
         full_low, full_high, low, high = *(t[:, expands] for t in full), low.clone(), high.clone()
-        sample = points[:, :, ::points.shape[2] // 2000 | 1][:, expands]  # some 2,000 points
+        sample = points[:, :, ::(points.shape[2] // 2000) | 1][:, expands]  # some 2,000
         sample = sample.nan_to_num(1e30, 1e30, -1e30)
         rank = sample.shape[2] // 100 + 1
         core_low, core_high = (sample.topk(rank, 2, top).values[..., -1] for top in (False, True))
@@ -226,7 +226,7 @@ def stamp(images, generator=None):
 
     The authors stamp each point with one of the 511 non-empty 3x3 masks, and later stamps overwrite
     earlier ones. A covered pixel then shows one random bit, set in 256 of 511 masks (here 1/2). So
-    an image is the dilated points times independent coin flips, and a new texture a random mask.
+    an image is the dilated points times a mask of coin flips, and a new texture is a new mask.
     """
     bit = 2 ** torch.arange(8, dtype=torch.uint8, device=images.device)
     pixels = images[0].numel()
@@ -262,7 +262,7 @@ def render_ifs(maps, size=512, points=100_000, texture="random", generator=None,
     for first in range(0, len(maps), group):
         systems = maps[first:first + group]
         square, det = systems[..., :2].square().sum((2, 3)), determinant(systems)
-        expands = ((square > 1 + det ** 2) | (square > 2)).any(1)  # a singular value above 1
+        expands = ((square > 1 + det ** 2) | (square > 2)).any(1)  # a singular value > 1
         table = j if j.ndim == 1 else j[first:first + group]
         orbits = chaos_game(systems, table, offsets).flatten(2)
         for cloud, wide, out in zip(orbits.split(few, 1), expands.split(few),
@@ -289,8 +289,8 @@ def render_ifs(maps, size=512, points=100_000, texture="random", generator=None,
 # from random crops: telling L whole images apart is easy and teaches little, while telling crops
 # apart takes features that hold at every place and scale.
 #
-# A fixed random texture is a fingerprint: its coin flips differ from image to image but never
-# change, so a network could know a class by them. The paper's default has it all the same.
+# A fixed random texture brings back such a mark: its coin flips differ from image to image and
+# never change, so a network could know a class by them. The paper's default has it all the same.
 # `--fresh-texture` flips new coins at each step; whole stamps (recipe nano) have no texture.
 #
 # FractalDB and OFDB, older datasets of fractals, are the same program at other settings: they have
@@ -324,7 +324,7 @@ class Data:
     (B, 3, S, S) and labels (B,), on the device.
 
     draw(i) makes the images, once if they all fit into KEEP_BYTES, else each time. texture: what
-    `draw` leaves to `stamp`. "random": once for an image that is kept; "fresh": each time.
+    `stamp` adds. "random": with the drawing; "fresh": each time. numbers: for omega.json.
     """
 
     def __init__(self, labels, draw, device, texture=None, **numbers):
@@ -354,10 +354,10 @@ class Data:
 
 def base_ifs(num_maps, sigma, seed):
     """The one fractal of a run -> maps (N, 2, 3), with a sigma-factor within 0.1 of sigma. It fills
-    a fifth of its canvas. The authors drew theirs without a seed and never published it."""
+    at least a fifth of a canvas. The authors drew theirs without a seed and never published it."""
     if sigma > 3 * num_maps:
         raise InputError(f"--sigma {sigma}: at most 3 x --num-maps = {3 * num_maps}")
-    generator = seeded(seed)
+    generator = seeded(seed)  # section 6
     def candidates():
         while True:
             target = sigma + 0.2 * (torch.rand((), generator=generator).item() - 0.5)
@@ -587,7 +587,7 @@ class Augment:
         start, length = torch.zeros(2, B), torch.full((2, B), float(S))
         if random and self.crop:
             start, length = random_boxes(B, S, self.crop_scale, self.ratio)
-        flip = random * torch.tensor(self.flip[::-1])[:, None] > torch.rand(2, B)  # rows, columns
+        flip = torch.rand(2, B) < random * torch.tensor(self.flip[::-1])[:, None]  # rows, columns
         boxes = torch.stack([start + flip * length, torch.where(flip, -length, length)], 1)
         [boxes] = send(x.device, boxes)  # (2, 2, B)
         for start, length in boxes:  # of the rows, of the columns
@@ -607,7 +607,7 @@ class Augment:
 
     def mix(self, x, target):
         """Mixup: lambda x + (1 - lambda) x.flip(0). Cutmix: a box of x.flip(0) in x. One lambda
-        ~ Beta for the batch. After cutmix it is the share that the box has left of the image."""
+        ~ Beta for the batch. After cutmix it is the share of the image outside the box."""
         S = x.shape[-1]
         cut = self.cutmix and (not self.mixup or bool(torch.rand(()) < 0.5))
         alpha = torch.tensor(float(self.cutmix if cut else self.mixup))
@@ -627,7 +627,8 @@ class Augment:
 #
 # The random numbers of a step are a function of (seed, step, rank), and its images are a function
 # of (seed, step). No generator has a state that lasts longer than a step. A checkpoint holds
-# weights, optimizer state and log, so a resumed run computes the same bits as one without a break.
+# weights, optimizer state, step and log. So a run that is resumed on a CPU has the same bits as one
+# without a break. (On a GPU some sums depend on the order in which threads finish.)
 # Several processes are "ranks", 0 to world - 1. They see different images and augmentation. The
 # lead, rank 0, writes.
 
@@ -709,7 +710,7 @@ def train(args, model, data, augment, steps, tests=None):
             loss, logits = train_step(network, optimizer, x, target, rate, args)
             if step == 0:
                 run.save_samples(x, augment)
-            run.log_step(loss, logits, target, rate)
+            run.log_step(loss, logits, target, rate)  # and run.step += 1
             if tests and run.at(max(1, round(args.eval_epochs * len(data) / args.batch_size))):
                 top1, top5 = evaluate(model, tests, augment, args)
                 run.report(f"test top-1 {top1:.2f}%  top-5 {top5:.2f}%", test_top1=top1,
@@ -735,9 +736,10 @@ def evaluate(model, data, augment, args):
 
 # ==== 7 · Commands: pretrain and finetune =========================================================
 #
-# Both make labelled images, a network and an augmentation, and train. Fine-tuning has four main
-# differences: the images are real, the weights come from a checkpoint, the classifier on top (the
-# head) is new, since the classes are new, and accuracy is measured on test images.
+# Both make labelled images, a network and an augmentation, and train. In fine-tuning the images are
+# real, the weights come from a checkpoint, the classifier on top (the head) is new, since the
+# classes are new, and accuracy is measured on test images. Defaults differ too (section F): the
+# optimizer is SGD, for example.
 
 HALF = (0.5, 0.5, 0.5)
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -765,7 +767,7 @@ def pretrain(args):
     open_run(args)
     data = source_data(args)  # section 3, or B
     if args.lead and not args.resume:
-        write_json(Path(args.out) / "omega.json", data.numbers)  # the authors never kept it
+        write_json(Path(args.out) / "omega.json", data.numbers)  # the authors kept none
     classes = int(data.labels.max()) + 1
     augment = make_augment(args, classes, HALF, HALF, vertical=0.5, erase=0.5)
     train(args, make_model(args, classes).to(args.device), data, augment, args.steps)
@@ -861,15 +863,16 @@ def apply_op(x, op, magnitude, sign):
     """One operation per sample: x (B, C, H, W); op (B,) indexes OPS (len(OPS): none), magnitude
     (B,) in 0..10, sign (B,) +-1. Scales of timm's "increasing" set."""
     level, x = magnitude / 10, x.clone()
-    kinds = [(k, 1, lambda x, op, level, f=f: f(x, *send(x.device, level.view(-1, 1, 1, 1))), level)
+    kinds = [(k, lambda x, _, level, f=f: f(x, *send(x.device, level.view(-1, 1, 1, 1))), level)
              for k, f in enumerate(PIXEL_OPS.values())]
-    kinds += [(6, 4, blend, (1 + 0.9 * sign * level).clamp(min=0.1)),
-              (10, 5, apply_affine, sign * level)]
-    for first, many, function, amount in kinds:
-        some = ((op >= first) & (op < first + many)).nonzero()[:, 0]
+    kinds += [(6, blend, (1 + 0.9 * sign * level).clamp(min=0.1)), (10, apply_affine, sign * level)]
+    kind = torch.where(op < 10, op.clamp(max=6), 10 + 5 * (op == len(OPS)))  # its first operation
+    for first, function, amount in kinds:
+        some = (kind == first).nonzero()[:, 0]
         if len(some):
             [index] = send(x.device, some)
-            x[index] = function(x[index], op[some] - first, amount[some])
+            new = function(x.index_select(0, index), op[some] - first, amount[some])
+            x.index_copy_(0, index, new)
     return x
 
 
