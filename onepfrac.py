@@ -1428,8 +1428,7 @@ class Run:
     def __exit__(self, kind, *_):
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
-        if self.live:
-            print()
+        print(end="\n" * self.live)
         if self.args.lead and kind is None:
             self.save_curve()
 
@@ -1504,9 +1503,10 @@ class Run:
     def save_curve(self):
         """curve.png: the loss, and test accuracy if any, over the images seen."""
         from matplotlib.figure import Figure
-        figure = Figure(figsize=(6, 6), layout="constrained")
-        for axis, name in zip(figure.subplots(2), ("loss", "test_top1")):
-            axis.plot(*zip(*[(r["images"], r[name]) for r in self.log if name in r] or [(0, 0)]))
+        names = [n for n in ("loss", "test_top1") if any(n in record for record in self.log)]
+        figure = Figure(figsize=(6, 3 * len(names)), layout="constrained")
+        for axis, name in zip(figure.subplots(len(names), squeeze=False)[:, 0], names):
+            axis.plot(*zip(*[(r["images"], r[name]) for r in self.log if name in r]))
             axis.set(xlabel="images seen", ylabel=name)
         figure.savefig(self.out / "curve.png", dpi=120)
 
@@ -1734,10 +1734,10 @@ def main(argv=None):
         reason = f"{error}; pip install -r requirements.txt"
     except torch.OutOfMemoryError:
         reason = "--batch-size: the GPU's memory is full; lower it"
-    except BrokenPipeError:  # whoever read the output has gone, as in `| head`
+    except BrokenPipeError:  # as in `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except OSError as error:  # a full disk, a file where a folder should be, no permission
+    except OSError as error:  # a full disk, no permission
         flag = "root" if args.root and str(error.filename).startswith(args.root) else "out"
         reason = f"--{flag} {getattr(args, flag)}: {error}"
     except KeyboardInterrupt:  # before there was anything to save
