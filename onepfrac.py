@@ -110,7 +110,7 @@ def sample_ifs(num_maps, sigma, generator=None):
 #     for step in range(500 + points):
 #         j = random map, chosen with probability p_j         # ~ |det A_j|, before perturbation
 #         v = A_j v + t_j
-#         if step > 500:                                      # (0, 0) is forgotten by now
+#         if step >= 500:                                     # (0, 0) is forgotten by now
 #             plot(v)
 #
 # Why it works: the maps take points of the attractor to points of the attractor, and they contract,
@@ -289,8 +289,9 @@ def render_ifs(maps, size=512, points=100_000, texture="random", generator=None,
 # from random crops: telling L whole images apart is easy and teaches little, while telling crops
 # apart takes features that hold at every place and scale.
 #
-# A fixed random texture brings back such a mark: its coin flips differ from image to image and
-# never change, so a network could know a class by them. The paper's default has it all the same.
+# A fixed random texture brings back a mark like the dots of section 2: its coin flips differ from
+# image to image and never change, so a network could know a class by them. It is the paper's
+# default all the same.
 # `--fresh-texture` flips new coins at each step; whole stamps (recipe nano) have no texture.
 #
 # FractalDB and OFDB, older datasets of fractals, are the same program at other settings: they have
