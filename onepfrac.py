@@ -1504,7 +1504,7 @@ class Run:
     def save_curve(self):
         """curve.png: the loss, and test accuracy if any, over the images seen."""
         from matplotlib.figure import Figure
-        names = [n for n in ("loss", "test_top1") if any(n in record for record in self.log)]
+        names = [n for n in ("loss", "test_top1") if any(n in r for r in self.log)] or ["loss"]
         figure = Figure(figsize=(6, 3 * len(names)), layout="constrained")
         for axis, name in zip(figure.subplots(len(names), squeeze=False)[:, 0], names):
             axis.plot(*zip(*[(r["images"], r[name]) for r in self.log if name in r]))
