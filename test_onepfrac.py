@@ -1374,6 +1374,9 @@ def test_an_older_or_a_foreign_run_is_named(tmp_path, capsys):
              "--out", str(tmp_path)]
     assert op.main(flags) == 0
     saved = torch.load(tmp_path / "last.pt", weights_only=True)
+    torch.save(saved | {"log": []}, tmp_path / "last.pt")   # finished, but its log is lost
+    assert op.main([*flags, "--resume"]) == 0 and not (tmp_path / "log.jsonl").read_text()
+    capsys.readouterr()
     del saved["total"]                                      # as versions before left it
     torch.save(saved, tmp_path / "last.pt")
     assert op.main([*flags, "--resume"]) == 2
