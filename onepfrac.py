@@ -289,9 +289,8 @@ def render_ifs(maps, size=512, points=100_000, texture="random", generator=None,
 # from random crops: telling L whole images apart is easy and teaches little, while telling crops
 # apart takes features that hold at every place and scale.
 #
-# A fixed random texture brings back a mark like the dots of section 2: its coin flips differ from
-# image to image and never change, so a network could know a class by them. It is the paper's
-# default all the same.
+# A fixed random texture is such a mark too, like the dots of section 2: its coin flips differ from
+# image to image and never change. The paper has it all the same.
 # `--fresh-texture` flips new coins at each step; whole stamps (recipe nano) have no texture.
 #
 # FractalDB and OFDB, older datasets of fractals, are the same program at other settings: they have
@@ -630,8 +629,7 @@ class Augment:
 # of (seed, step). No generator has a state that lasts longer than a step. A checkpoint holds
 # weights, optimizer state, step and log. So a run that is resumed on a CPU has the same bits as one
 # without a break. (On a GPU some sums depend on the order in which threads finish.)
-# Several processes are "ranks", 0 to world - 1. They see different images and augmentation. The
-# lead, rank 0, writes.
+# Processes are "ranks", 0 to world - 1. They see different images. Rank 0, the lead, writes.
 
 def seed_for(*key):
     """A 31-bit seed from any key of numbers and strings, the same on every machine."""
@@ -1193,6 +1191,7 @@ def open_datasets(args):
             return [make(**split, download=True) for split in how]
 
 
+@functools.lru_cache(maxsize=4)
 def labels_of(dataset):
     """All labels (n,) of a torchvision dataset, if possible without reading its images."""
     for name in ("targets", "labels", "_labels"):
@@ -1286,6 +1285,7 @@ def replace_file(path, data):
 
 
 def write_json(path, content):
+    """Plain values and tensors, these as lists, into a file that is whole at any moment."""
     replace_file(path, (json.dumps(content, default=torch.Tensor.tolist) + "\n").encode())
 
 
@@ -1543,7 +1543,6 @@ def probe(args):
     for k in args.layers:
         args.out = str(out / f"layer{k}")
         args.resume = resume and (out / f"layer{k}" / "last.pt").exists()
-        print(f"first {k} blocks, frozen")
         finetune(args, layers=k)
 
 
