@@ -157,7 +157,7 @@ def test_points_have_the_invariant_measure(seed):
     """Total variation on a 64 x 64 grid. By chance alone it would be 0.010 for so many points, and
     it was 0.05 to 0.36 when orbits were drawn after 30 steps."""
     maps = fractal(seed)
-    reference, probs = long_orbits(maps), op.determinant(maps).abs()
+    reference, probs = long_orbits(maps), maps[..., :2].det().abs()
     low, high = reference.min(1, keepdims=True), reference.max(1, keepdims=True)
 
     def density(points):
@@ -235,21 +235,26 @@ def test_texture_has_the_statistics_of_stamping_one_by_one():
     assert (images[0] != images[1]).any() and abs(images[:, filled].mean() - 0.5) < 0.01
 
 
-def test_expanding_systems_neither_spoil_nor_squeeze_an_image():
+def test_expanding_systems_leave_the_others_as_they_are():
     good = fractal()
     explosive = good.clone()
     explosive[:, :, :2] = 3 * torch.eye(2)                      # overflows float32 within an orbit
-    stray = good.clone()
-    stray[1, :, :2] *= 1.12                                     # contracts on average, strays now and then
-    images = render(torch.stack([good, explosive, stray]), 128, 20_000, "fill", seeded(0),
-                           good[:, :, :2].det().abs())
+    probs = good[:, :, :2].det().abs()
+    images = render(torch.stack([good, explosive]), 128, 20_000, "fill", seeded(0), probs)
     assert set(images.unique().tolist()) <= {0, 127}
     fill = (images > 0).float().flatten(1).mean(1)
-    assert fill[0] > 0.3 and fill[1] < 0.05 and fill[2] > 0.15
-    alone = render(good[None], 128, 20_000, "fill", seeded(0), good[:, :, :2].det().abs())
-    assert (images[0] == alone[0]).all()
-    whole = render(stray[None], 128, 20_000, "fill", seeded(0), good[:, :, :2].det().abs(), False)  # its full box
-    assert (whole > 0).float().mean() < 0.5 * fill[2]
+    assert fill[0] > 0.3 and fill[1] < 0.05
+    assert (images[0] == render(good[None], 128, 20_000, "fill", seeded(0), probs)[0]).all()
+
+
+def test_the_box_of_an_image_is_that_of_all_its_points():
+    """A map that expands now and then throws a point far out; the picture shrinks, and may be redrawn."""
+    stray = fractal().clone()
+    stray[1, :, :2] *= 1.12
+    image = render(stray[None], 128, 20_000, "point", seeded(0), fractal()[:, :, :2].det().abs())[0] > 0
+    for axis in (0, 1):
+        hit = image.any(axis).nonzero()[:, 0]
+        assert hit[0] == 1 and hit[-1] == 126
 
 
 def test_images_do_not_depend_on_the_group_they_are_rendered_in(monkeypatch):
@@ -370,7 +375,7 @@ def test_a_class_is_the_fractal_with_its_eps_added():
     data = opened("--L", 5, "--delta", 0.2)
     base, eps = data.numbers["base"], data.numbers["eps"]
     assert (base == fractal()).all() and eps.shape == (5, 2, 2, 3) and eps.abs().max() <= 0.1 + 1e-6
-    drawn = render(base + eps, 64, 2000, "fill", seeded(op.seed_for(0, "eps")), op.determinant(base).abs())
+    drawn = render(base + eps, 64, 2000, "fill", seeded(op.seed_for(0, "eps")), base[..., :2].det().abs())
     images, labels = data[torch.tensor([4, 0, 4])]
     assert images.device.type == DEVICE and labels.tolist() == [4, 0, 4] and images.dtype == torch.uint8
     assert (images.cpu() == drawn[[4, 0, 4]]).all() and len(data) == 5
@@ -600,12 +605,16 @@ def test_augmentation_never_waits_for_the_device(channels):
             assert x.is_meta and target.is_meta and x.shape == (16, 3, 32, 32) and target.shape == (16, 10)
 
 
+def augmentation(args):
+    return op.make_augment(args, 10, flip=(0.5 * args.flip,) * 2, erase=0.5 * args.erase)
+
+
 @pytest.mark.parametrize("switch", ["randaug", "crop", "aspect", "erase", "mixup", "cutmix", "flip", "jitter"])
 def test_table_9_flag_switches_one_thing_off(switch):
     arguments = ["pretrain", "--device", "cpu", "--recipe", "paper", "--img-size", "32", "--patch-size", "4"]
     if switch == "jitter":
         arguments += ["--no-randaug"]
-    fields = [vars(op.make_augment(resolved(*arguments, *more), 10, op.HALF, op.HALF, True, 0.5))
+    fields = [vars(augmentation(resolved(*arguments, *more)))
               for more in ((), (f"--no-{switch}",))]
     changed = {k for k in fields[0] if fields[0][k] != fields[1][k]}
     # with RandAugment on, jitter is ignored (as in timm), so switching RandAugment off brings it back
@@ -670,7 +679,7 @@ def test_a_step_is_autograd_s_gradient_clipped_and_taken_by_the_optimizer():
         assert (p - (q - 0.3 * 1.9 * q.grad * 0.1 / norm)).abs().max() < 1e-6 and p.grad is None
 
 
-def test_evaluation_is_top_1_and_top_5_of_the_plain_images():
+def test_evaluation_is_the_accuracy_on_the_plain_images():
     torch.manual_seed(0)
     model, labels = op.ViT(16, 8, 10, 16, 1, 2, drop_path=0.5), torch.randint(10, (1203,))
     nn.init.normal_(model.head.weight)
@@ -679,10 +688,8 @@ def test_evaluation_is_top_1_and_top_5_of_the_plain_images():
     augment, args = op.Augment(16, 10), argparse.Namespace(device="cpu", rank=0, world=1, precision="fp32")
     got = op.evaluate(model.train(), data, augment, args)
     assert model.training
-    order = model.eval()((images / 255 - 0.5) / 0.5).argsort(1, descending=True)
-    hits = order == labels[:, None]
-    want = [100 * hits[:, :k].any(1).double().mean().item() for k in (1, 5)]
-    assert got == pytest.approx(want, abs=0.1) and want[1] > 2 * want[0] > 0        # an image may sit on the edge
+    right = model.eval()((images / 255 - 0.5) / 0.5).argmax(1) == labels
+    assert got == pytest.approx(100 * right.double().mean().item(), abs=0.1) and got > 2     # an image may sit on the edge
 
 
 class Enough(Exception):
@@ -708,8 +715,7 @@ def test_a_training_step_on_kept_images_asks_the_device_for_nothing(fresh, monke
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())       # has no meta
     monkeypatch.setattr(op, "make_optimizer", lambda model, args: torch.optim.SGD(model.parameters(), args.lr))
     with pytest.raises(Enough):
-        op.train(args, op.make_model(args, 10).to("meta"), data, op.make_augment(args, 10, op.HALF, op.HALF, 0.5, 0.5),
-                 1000)
+        op.train(args, op.make_model(args, 10).to("meta"), data, augmentation(args), 1000)
     assert asked == [0]
 
 
@@ -751,7 +757,7 @@ def pretrained(tmp_path_factory):
 
 def test_pretraining_learns_and_its_folder_explains_itself(pretrained):
     out, printed = pretrained
-    assert "images/s" in printed and "left" in printed and "0.001" in printed and "160 steps of 64" in printed
+    assert "images/s" in printed and "left" in printed and "lr 9.99" in printed and "160 steps of 64" in printed
     log = [json.loads(line) for line in open(out / "log.jsonl")]
     assert log[-1]["loss"] < 0.75 * math.log(8) and log[-1]["images"] == 160 * 64
     args = json.loads((out / "args.json").read_text())
@@ -767,12 +773,12 @@ def test_pretraining_learns_and_its_folder_explains_itself(pretrained):
 
 def test_finetuning_from_a_checkpoint(pretrained, image_folder, tmp_path):
     done = run("finetune", "--ckpt", pretrained[0] / "last.pt", "--data", "folder", "--root", image_folder,
-               "--epochs", 30, "--eval-epochs", 15, "--batch-size", 16, "--lr", 0.03, "--workers", 1, *TINY,
+               "--epochs", 30, "--eval-epochs", 15, "--batch-size", 16, "--lr", 0.03, *TINY,
                "--out", tmp_path / "ft")
     assert done.returncode == 0, done.stderr
     log = [json.loads(line) for line in open(tmp_path / "ft" / "log.jsonl")]
     tests = [r for r in log if "test_top1" in r]
-    assert len(tests) == 2 and tests[-1]["test_top1"] >= 90 and tests[-1]["test_top5"] == 100
+    assert len(tests) == 2 and tests[-1]["test_top1"] >= 90
     assert "test top-1" in done.stdout
 
 
@@ -895,7 +901,7 @@ def test_color_jitter_agrees_with_torchvision():
 def maps_and_probs(data):
     """Of the categories of FractalDB."""
     systems = data.numbers["systems"]
-    return systems, op.determinant(systems).abs()
+    return systems, systems[..., :2].det().abs()
 
 
 def test_a_category_is_a_base_system_and_an_instance_one_of_its_variations():
@@ -1025,7 +1031,7 @@ def test_a_perturbed_contour_scales_the_radii():
     for k in range(3):
         larger = (offsets.T * (1 + eps[k].numpy())).T                   # each polygon by its own factor
         assert (op.draw_contour(larger, centre, greys, 128, 0) != source.images[k].cpu()).float().mean() < 0.002
-    assert (op.filled(source.images) > 0.1).all()
+    assert ((source.images > 0).flatten(1).float().mean(1) > 0.1).all()
 
 
 # Edges of the shapes below by cv2.Canny(smoothed, 100, 200), one bit a pixel.
@@ -1104,10 +1110,10 @@ def test_candidates_that_fill_too_little_are_passed_over_in_order_and_none_is_an
         seen.append(len(batch))
         return (torch.arange(100) < 100 * batch).view(-1, 10, 10)       # so much of it is filled
     batches = torch.tensor(levels)[:, None].split(4)
-    kept = op.first_filled(3, iter(batches), draw, 0.5, "--flag")
+    kept = op.first_filled(3, lambda rest=iter(batches): next(rest), draw, 0.5, "--flag")
     assert torch.equal(kept[:, 0], torch.tensor([0.9, 0.8, 0.7])) and seen == [4, 2]
     with pytest.raises(op.InputError, match="--flag 7"):
-        op.first_filled(3, (batches[0][:1] for _ in range(9999)), draw, 0.5, "--flag 7")
+        op.first_filled(3, lambda: batches[0][:1], draw, 0.5, "--flag 7")
     assert len(seen) < 2000
 
 
@@ -1140,15 +1146,15 @@ def test_named_datasets_are_opened_by_arguments_that_torchvision_knows(name, tmp
     monkeypatch.setattr(datasets, kind.__name__, Fake)
     args = argparse.Namespace(data=name, root=tmp_path, holdout=0.0)
     train, test = op.open_datasets(args)
-    if op.DATASETS[name][1] is None:                            # no official split
+    if not inspect.signature(kind).parameters.keys() & {"split", "train"}:      # no official split
         assert calls == [{"root": tmp_path}] * 2 and args.holdout == 0.2
-    else:
-        assert args.holdout == 0.0 and len(train) == len(test) == 10
-        assert [c.pop("root") for c in calls] == [tmp_path] * 2
-        splits = [c.get("split", c.get("train")) for c in calls]
-        assert splits[0] in (True, "train", "trainval", "train-standard") and splits[1] in (False, "test", "val")
+        return
+    assert args.holdout == 0.0 and len(train) == len(test) == 10
+    defaults = {k: v.default for k, v in inspect.signature(kind).parameters.items()}
+    splits = [(defaults | c).get("split", (defaults | c).get("train")) for c in calls]
+    assert splits[0] in (True, "train", "trainval", "train-standard") and splits[1] in (False, "test", "val")
     source = inspect.getsource(kind)                            # where torchvision lists the splits, ours are there
-    assert all(not isinstance(s, str) or f'"{s}"' in source for s in op.DATASETS[name][1:])
+    assert splits[1] is False or f'"{splits[1]}"' in source
 
 
 def test_named_dataset_is_found_or_downloaded_and_split_if_it_must_be(tmp_path, monkeypatch):
@@ -1172,7 +1178,7 @@ def test_named_dataset_is_found_or_downloaded_and_split_if_it_must_be(tmp_path, 
 
     def split():
         args = argparse.Namespace(data="eurosat", root=tmp_path, holdout=0.0, lead=True, world=1, train_per_class=None,
-                                  batch_size=16, img_size=16, workers=1, device="cpu")
+                                  batch_size=16, img_size=16, device="cpu")
         train, test, classes = op.downstream_data(args)
         assert (len(train), len(test), classes) == (40, 10, 10)
         assert train.labels.bincount().tolist() == [4] * 10 and test.labels.bincount().tolist() == [1] * 10
@@ -1185,7 +1191,7 @@ def test_named_dataset_is_found_or_downloaded_and_split_if_it_must_be(tmp_path, 
 def test_small_and_streamed_sets_give_the_same_batches(image_folder, monkeypatch):
     dataset, _ = op.open_datasets(argparse.Namespace(data="folder", root=image_folder))
     chosen = torch.arange(len(dataset))
-    args = argparse.Namespace(img_size=16, device=DEVICE, workers=3)
+    args = argparse.Namespace(img_size=16, device=DEVICE)
     small = op.folder_data(dataset, chosen, args)
     monkeypatch.setattr(op, "KEEP_BYTES", 0)
     large = op.folder_data(dataset, chosen, args)
@@ -1206,7 +1212,7 @@ def test_small_pictures_stay_only_where_all_are_small(tmp_path):
             Image.new("RGB", (size, size), (9, 9, 9)).save(tmp_path / folder / f"{i}.png")
 
     def side(img_size):
-        args = argparse.Namespace(img_size=img_size, device="cpu", workers=2)
+        args = argparse.Namespace(img_size=img_size, device="cpu")
         dataset = op.open_folder(tmp_path)
         return op.folder_data(dataset, torch.arange(len(dataset)), args).images.shape[1:]
     assert side(28) == (3, 32, 32)
@@ -1219,10 +1225,10 @@ def test_other_shapes_are_resized_and_cropped_to_the_middle(tmp_path):
     for folder in ("a", "b"):
         (tmp_path / folder).mkdir()
         picture.save(tmp_path / folder / "1.png")
-    args = argparse.Namespace(img_size=28, device="cpu", workers=2)
+    args = argparse.Namespace(img_size=28, device="cpu")
     images = op.folder_data(op.open_folder(tmp_path), torch.arange(2), args).images
-    want = T.pil_to_tensor(T.center_crop(T.resize(picture, 32), 32))
-    assert images.shape == (2, 3, 32, 32) and (images == want).all()
+    want = T.pil_to_tensor(T.resize(picture.crop((16, 0, 64, 48)), 32))        # at the crop's border Pillow sees beyond
+    assert images.shape == (2, 3, 32, 32) and (images[..., 2:-2] == want[..., 2:-2]).all()
 
 
 def test_sixteen_bits_and_other_modes_are_read_as_they_look(tmp_path):
@@ -1281,7 +1287,7 @@ def test_a_signal_saves_and_resuming_is_bit_identical(streamed, step, image_fold
                  "--drop-path", "0.1", *TINY, "--device", DEVICE]
     if streamed:
         monkeypatch.setattr(op, "KEEP_BYTES", 0)
-        arguments = ["finetune", "--data", "folder", "--root", str(image_folder), "--workers", "2",
+        arguments = ["finetune", "--data", "folder", "--root", str(image_folder),
                      "--epochs", "1.6", "--eval-epochs", "0.6", *arguments]
     else:
         arguments = ["pretrain", "--L", "8", "--steps", "8", "--canvas", "32", "--points", "1000",
@@ -1427,14 +1433,6 @@ def test_a_network_that_cannot_be_compiled_is_trained_as_it_is(monkeypatch, caps
     assert op.accelerate(model, args) is model
 
 
-def test_a_missing_matplotlib_is_named_before_the_training(monkeypatch, capsys, tmp_path):
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    assert op.main(["pretrain", "--device", "cpu", "--recipe", "nano", "--out", str(tmp_path / "run")]) == 2
-    error = capsys.readouterr().err
-    assert "matplotlib" in error and "requirements.txt" in error and error.count("\n") == 1
-    assert not (tmp_path / "run").exists()
-
-
 DRIVER = """
 import os, sys, torch
 import onepfrac as op
@@ -1557,12 +1555,14 @@ def test_probe_sees_the_first_blocks_only_and_trains_the_head_only():
     torch.manual_seed(0)
     model = op.ViT(16, 8, 10, 48, 3, 2, drop_path=0.5)
     probe, x = op.Probe(model, 2, 10), torch.randn(5, 3, 16, 16)
-    before = probe.features(x)
-    want = model.blocks[1](model.blocks[0](model.embed(x)))[:, 1:].mean(1)
-    assert torch.equal(before, want) and torch.equal(probe.train().features(x), want)
+    nn.init.normal_(probe.head.weight)
+    before = probe.train()(x)
+    seen = model.blocks[1](model.blocks[0](model.embed(x)))[:, 1:].mean(1)
+    z = (seen - seen.mean(0)) / (seen.var(0, correction=0) + 1e-6).sqrt()
+    assert torch.allclose(before, z @ probe.head.weight.T + probe.head.bias, atol=1e-4)
     nn.init.normal_(model.blocks[2].mlp.fc1.weight)
     nn.init.normal_(model.norm.weight)
-    assert torch.equal(probe.features(x), before)
+    assert torch.equal(probe(x), before)
     trained = [n for n, p in probe.named_parameters() if p.requires_grad]
     assert trained == ["head.weight", "head.bias"]
     groups = op.make_optimizer(
@@ -1585,7 +1585,7 @@ def test_probe_classifies_stripes(pretrained, image_folder, tmp_path):
 
 def test_a_probe_goes_on(pretrained, image_folder, tmp_path, monkeypatch):
     flags = ["probe", "--ckpt", str(pretrained[0] / "last.pt"), "--data", "folder", "--root", str(image_folder),
-             "--layers", "1", "2", "--epochs", "1", "--batch-size", "16", "--workers", "1", *TINY]
+             "--layers", "1", "2", "--epochs", "1", "--batch-size", "16", *TINY]
     assert op.main([*flags, "--out", str(tmp_path / "a")]) == 0
     train_step, calls = op.train_step, []
 
@@ -1636,7 +1636,7 @@ SMALL = "--canvas 64 --points 1500 --L 16 --batch-size 16"
     ([*PRE, "--noise", "loud"], "--noise"), ([*PRE, "--nonsense"], "--nonsense"), (["train"], "COMMAND"),
     ([*FINE, "--ckpt", "{tmp}/none.pt"], "--ckpt"), ([*FINE, "--ckpt", "{tmp}/broken.pt"], "--ckpt"),
     ([*FINE, "--ckpt", "{tmp}/code.pt"], "--ckpt"), ([*FINE, "--ckpt", "{tmp}/junk.pt"], "--ckpt"), ([*FINE, "--ckpt", "{tmp}/shapes.pt"], "--ckpt"),
-    ([*FINE, "--ckpt", "{tmp}/nano.pt", "--model", "vit_tiny"], "--ckpt"), ([*FINE, "--workers", "0"], "--workers"),
+    ([*FINE, "--ckpt", "{tmp}/nano.pt", "--model", "vit_tiny"], "--ckpt"),
     ([*FINE, "--batch-size", "81"], "--batch-size"),
     ([*FINE, "--data", "imagenet22k"], "--data"), ([*FINE, "--root", "{tmp}/nowhere"], "--root"),
     ([*FINE, "--root", "{tmp}/empty"], "--root"), ([*FINE, "--root", "{tmp}/unreadable", "--batch-size", "2"], "--root"),
@@ -1693,15 +1693,15 @@ def test_bad_input_gets_one_line_and_status_2(arguments, named, image_folder, tm
 
 
 def test_every_default_of_every_recipe_is_a_value_that_its_flag_takes():
-    names = [flag for _, _, rows in op.FLAGS for flag, *_ in rows]
+    names = [flag for _, _, *rows in op.FLAGS for flag, *_ in rows]
     assert len(names) == len(set(names))
-    assert {name for commands, _, _ in op.FLAGS for name in commands.split()} == set(op.COMMANDS)
+    assert {name for commands, *_ in op.FLAGS for name in commands.split()} == set(op.COMMANDS)
     for recipe in op.RECIPES:
         for command in op.COMMANDS:
             args = vars(resolved(command, "--recipe", recipe, "--device", "cpu"))
             assert {k for k, v in args.items() if v is None} <= {"ckpt", "train_per_class", "image"}
             column = list(op.COMMANDS).index(command)           # None there: the command has no such flag
-            flags = [row for commands, _, rows in op.FLAGS if command in commands.split() for row in rows
+            flags = [row for commands, _, *rows in op.FLAGS if command in commands.split() for row in rows
                      if not (isinstance(row[1], list) and row[1][column] is None)]
             assert set(args) == {"command", "rank", "world", "lead"} | {flag for flag, *_ in flags}
             # Written out, the defaults are the same settings: none is refused, or read as another.
@@ -1779,7 +1779,7 @@ def usual():
     "--canvas 48", "--points 300", "--texture random", "--texture point", "--seed 5", "--categories 16",
     "--categories 4 --instances 4", "--source rcdb", "--source va", "--source gaussian", "--source uniform",
     "--source image", "--source image --edges canny", "--source image --warp elastic",
-    "--source image --image {photo}", "--source folder --root {folder} --workers 2", "--batch-size 8",
+    "--source image --image {photo}", "--source folder --root {folder}", "--batch-size 8",
     "--fresh-texture"])
 def test_flags_of_the_picture_change_it(flags, usual, image_folder, tmp_path):
     Image.effect_noise((80, 70), 90).save(tmp_path / "photo.png")
@@ -1895,11 +1895,10 @@ def code_lines():
             if number not in documented and line.strip() and not line.strip().startswith("#")]
 
 
-def test_the_file_does_not_grow_and_its_functions_are_short():
-    """The aim is 1,650 lines, 1,100 of code, 56 characters a line. It is not reached: here is what is."""
+def test_the_file_and_its_functions_are_short():
     lines = SOURCE.splitlines()
     [end] = [number for number, line in enumerate(lines, 1) if "END OF PART ONE" in line]
-    assert end < 850 and len(lines) <= 1755 and len(code_lines()) <= 1185
+    assert end < 850 and len(lines) <= 1650 and len(code_lines()) <= 1100
     assert [(node.name, node.end_lineno - node.lineno + 1) for node in ast.walk(ast.parse(SOURCE))
             if isinstance(node, ast.FunctionDef) and node.end_lineno - node.lineno + 1 > 60] == []
 
@@ -1908,13 +1907,12 @@ def test_the_file_s_lines_are_not_crammed():
     code = code_lines()
     assert [number for number, line in enumerate(SOURCE.splitlines(), 1) if len(line) > 100] == []
     assert [t.start for t in tokenize.generate_tokens(io.StringIO(SOURCE).readline) if t.string == ";"] == []
-    assert sum(map(len, code)) / len(code) < 57
+    assert sum(map(len, code)) / len(code) < 56.5
 
 
 def test_import_does_nothing():
-    code = ("import sys, torch; state = torch.get_rng_state().clone(); import onepfrac; "
-            "assert (torch.get_rng_state() == state).all(); "
-            "assert 'torchvision' not in sys.modules and 'matplotlib' not in sys.modules")
+    code = ("import torch; state = torch.get_rng_state().clone(); import onepfrac; "
+            "assert (torch.get_rng_state() == state).all()")
     done = subprocess.run([sys.executable, "-c", code], cwd=SCRIPT.parent, capture_output=True, text=True)
     assert done.returncode == 0 and not done.stdout + done.stderr
 

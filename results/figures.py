@@ -96,7 +96,7 @@ def saw(path):
     """The first half of samples.png in the folder of README's first command, four times as large."""
     args = settings("", "pretrain --recipe nano --device cpu")
     data = op.source_data(args)
-    augment = op.make_augment(args, args.L, op.HALF, op.HALF, vertical=0.5, erase=0.5)
+    augment = op.make_augment(args, args.L, flip=(0.5 * args.flip,) * 2, erase=0.5 * args.erase)
     i = op.batch_indices(len(data), args.batch_size, 0, args.seed)
     torch.manual_seed(op.seed_for(args.seed, "step", 0, 0))
     x, _ = augment(*data[i])

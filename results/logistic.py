@@ -74,7 +74,7 @@ def main(argv):
     model = op.make_model(args, classes)
     if args.ckpt:
         op.load_weights(model, args.ckpt)
-    augment = op.make_augment(args, classes, op.IMAGENET_MEAN, op.IMAGENET_STD, 0.0, 0.0)
+    augment = op.make_augment(args, classes, flip=(0.5 * args.flip, 0.0), erase=0.0, **op.IMAGENET)
     for k in args.layers:
         args.out, began = str(out / f"layer{k}"), time.perf_counter()
         op.open_run(args)

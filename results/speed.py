@@ -151,7 +151,7 @@ def limits(options):
     render = rate(lambda: op.render_ifs(maps, 512, 100_000, "random", None, probs), len(maps))
 
     model = op.make_model(args, args.L).to(args.device)
-    augment = op.make_augment(args, args.L, op.HALF, op.HALF, vertical=0.5, erase=0.5)
+    augment = op.make_augment(args, args.L, flip=(0.5 * args.flip,) * 2, erase=0.5 * args.erase)
     images = torch.full((B, S, S), op.GREY, dtype=torch.uint8, device=args.device)
     labels = torch.arange(B, device=args.device) % args.L
     augmented = rate(lambda: augment(images, labels), B)
@@ -181,7 +181,7 @@ def limits(options):
 
 def fractals(images, delta=0.05):
     base = op.base_ifs(2, 3.5, 32)
-    return op.perturb(base, delta, images, torch.Generator().manual_seed(0)), op.determinant(base).abs()
+    return op.perturb(base, delta, images, torch.Generator().manual_seed(0)), base[..., :2].det().abs()
 
 
 def ours(maps, probs, points=100_000, size=512):
@@ -266,7 +266,7 @@ def augmentation(args, images=2048):
             Image.fromarray(image.numpy()).convert("RGB").save(f"{folder}/0/{k}.png")
         transform = timm.data.create_transform(
             32, is_training=True, auto_augment="rand-m9-inc1", color_jitter=0.4, re_prob=0.5, re_mode="pixel",
-            hflip=0.5, vflip=0.5, interpolation="bicubic", mean=op.HALF, std=op.HALF)
+            hflip=0.5, vflip=0.5, interpolation="bicubic", mean=(0.5,) * 3, std=(0.5,) * 3)
         loader = torch.utils.data.DataLoader(ImageFolder(folder, transform), 64, shuffle=True, drop_last=True,
                                              num_workers=torch.get_num_threads(), persistent_workers=True)
 

@@ -178,7 +178,7 @@ def of_folders(runs):
         only = {} if args["command"] == "finetune" else {"layers": [int(folder.name.removeprefix("layer"))]}
         yield dict(command=args["command"], recipe=args["recipe"], seed=args["seed"], commit=args["commit"],
                    device=f"{args['device']} ({args['processor']}, {args['threads']} threads)",
-                   **{k: last[k] for k in ("images", "seconds", "test_top1", "test_top5")},
+                   **{k: last[k] for k in ("images", "seconds", "test_top1")},
                    settings=decisive(args) | only, pretrain=before)
 
 
