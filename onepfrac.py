@@ -59,7 +59,7 @@ from torchvision.transforms.v2 import functional as T
 # To copy this section: import math, torch
 #
 # An iterated function system (IFS) is a handful of affine maps of the plane, each with a
-# probability (section 2): {w_1 .. w_N; p_1 .. p_N}. A map is w_j(v) = A_j v + t_j, stored as two
+# probability to be chosen: {w_1 .. w_N; p_1 .. p_N}. A map is w_j(v) = A_j v + t_j, stored as two
 # rows [a b e; c d f], where A = [a b; c d] and t = (e, f). So N maps have shape (N, 2, 3).
 # If the maps contract, exactly one shape is made of its own images under the maps. This shape is
 # the attractor, a fractal: it consists of small distorted copies of itself.
@@ -69,7 +69,7 @@ def sigma_factor(maps):
 
     maps (..., N, 2, 3) -> (...). Small: the maps contract strongly and the shape is sparse. Large:
     a diffuse cloud. At 3 N every singular value is 1: nothing contracts, there is no attractor.
-    Anderson & Farrell, Improving Fractal Pre-training (WACV 2022).
+    An empirical measure of Anderson & Farrell, Improving Fractal Pre-training (WACV 2022).
     """
     s = torch.linalg.svdvals(maps[..., :2])  # (..., N, 2), larger one first
     return (s[..., 0] + 2 * s[..., 1]).sum(-1)
@@ -88,7 +88,7 @@ def sample_ifs(num_maps, sigma, generator=None):
         return low + (high - low) * torch.rand(shape, generator=generator, dtype=torch.float64)
     left, s = float(sigma), torch.zeros(num_maps, 2, dtype=torch.float64)
     for j in range(num_maps):
-        need = left - 3 * (num_maps - 1 - j)  # what the later maps, 3 each, cannot take
+        need = left - 3 * (num_maps - 1 - j)  # the later maps take at most 3 each
         s1 = uniform(max(0.0, need / 3), min(1.0, left)).item()
         s2 = uniform(max(0.0, (need - s1) / 2), min(s1, (left - s1) / 2)).item()
         s[j, 0], s[j, 1] = s1, s2  # for the last map s2 has one possible value
@@ -108,36 +108,36 @@ def sample_ifs(num_maps, sigma, generator=None):
 #
 #     v = (0, 0)
 #     for step in range(500 + points):
-#         j = random map, chosen with probability p_j         # ~ |det A_j|, before perturbation
+#         j = random map, chosen with probability p_j         # in proportion to |det A_j|
 #         v = A_j v + t_j
 #         if step >= 500:                                     # (0, 0) is forgotten by now
 #             plot(v)
 #
 # Why it works: the maps take points of the attractor to points of the attractor, and they contract,
-# so any other point comes closer with each step. Maps of larger area are chosen more often, so the
-# dots lie evenly. (A perturbed map may expand a little. If points fly far out, the image shrinks.)
+# so any other point comes closer with each step. The less a map shrinks areas, the more often it is
+# chosen, so the dots lie evenly. (A perturbed map may expand and throw some points far out.)
 # All images share one random sequence of maps. With a sequence of its own each image would have a
 # pattern of dots of its own, and the network could know images by their dots and ignore the shape.
 #
-# For speed, many short orbits run side by side. The shared sequence is a table of random maps. At
-# each step orbit k uses table[offset + k], with a new random offset. Systems that fill a canvas
-# have a map near a rotation, and their orbits forget (0, 0) only after hundreds of steps. So each
-# orbit first runs through "words", products of 128 maps of the table.
+# For speed, many short orbits (paths of a point) run side by side. At each step orbit k uses entry
+# offset + k of a table of random maps; the offset is random too. A system that fills a canvas has a
+# map that hardly shrinks it, so (0, 0) is forgotten only after hundreds of steps. "Words" make them
+# cheap: seven doublings give products of 128 maps, and an orbit first runs through four words.
 
 ORBIT = 150  # steps of each orbit that are drawn
 DOUBLINGS = 7  # a word is a product of 2^7 = 128 random maps
 BURN_IN = 3  # words after the first, so (1 + 3) x 128 = 512 steps
 PLACES = 1024  # an offset is in 1..1024
-GREY = 127  # colour of a stamp
-# Limits on memory: numbers of the orbits, then points plus pixels of the rasters.
+GREY = 127  # of the dots
+# What is computed at once: numbers in the orbits, then points plus pixels in the rasters.
 IN_FLIGHT = {"cpu": (28_000_000, 3_000_000), "cuda": (70_000_000, 100_000_000)}
 
 
 
 def map_table(probs, points, generator=None):
-    """A table j (..., M) of random maps, and a list of offsets: one for each doubling, each word of
-    the burn-in, each step. M is the number of orbits plus PLACES. Map i fills its share of
-    probs (..., N) of the table, up to rounding: the draws are stratified."""
+    """A table j (..., M) of indices of random maps, and a list of offsets: one for each doubling,
+    each word of the burn-in, each step. M is the number of orbits plus PLACES. Stratified: map i
+    fills its share of probs (..., N) of the table, up to rounding."""
     M = -(-points // ORBIT) + PLACES
     draws = torch.rand(M, generator=generator, dtype=torch.float64)
     draws = (torch.randperm(M, generator=generator) + draws) / M
@@ -154,14 +154,14 @@ def chaos_game(maps, j, offsets):
     out = maps.new_empty(2, B, ORBIT, K)
     index = j.to(maps.device).expand(3, 2, B, M)
     table = maps.permute(3, 2, 0, 1).gather(3, index)  # (3, 2, B, M): the columns of [A t]
-    words = table[..., :max(K, 128)]  # cyclic, and at least 128
+    words = table[..., :max(K, 128)]  # at least 128
     for offset in offsets[:DOUBLINGS]:  # apply word[k], then word[k + offset]
         A_x, A_y, t = words.roll(-offset, -1)
         words = (A_x * words[:, :1]).addcmul_(A_y, words[:, 1:])
         words[2] += t
     A_x, A_y, t = words
     v = t  # where the first word takes (0, 0)
-    for offset in offsets[DOUBLINGS:DOUBLINGS + BURN_IN]:  # apply a word of another orbit
+    for offset in offsets[DOUBLINGS:DOUBLINGS + BURN_IN]:  # on another orbit's point
         x, y = v.roll(offset, -1)
         v = torch.addcmul(t, A_x, x).addcmul_(A_y, y)
     v = v[..., :K]
@@ -174,7 +174,7 @@ def chaos_game(maps, j, offsets):
 def rasterize(points, size, low, high, clip):
     """Points (2, B, P) -> images (B, size, size) uint8, GREY where a point hits, y upwards. The box
     from low to high (2, B) is stretched to fill the canvas but for a margin of 6 pixels in 512.
-    clip: points may lie outside; they are not drawn. The points are overwritten."""
+    clip: do not draw points that lie outside, or are infinite. The points are overwritten."""
     margin = max(1, 6 * size // 512)
     scale = (size - 1 - 2 * margin) / (high - low).clamp(min=1e-6)  # (2, B)
     scale[1] *= -1  # image rows grow downwards
@@ -182,9 +182,9 @@ def rasterize(points, size, low, high, clip):
     pixel = points.sub_(corner[..., None]).mul_(scale[..., None]).round_()
     inside = ((pixel >= 0) & (pixel < size - 2 * margin)).all(0) if clip else None
     x, y = pixel
-    cell = x.add_(y, alpha=size).long()  # (B, P), exact to 4096 x 4096
+    cell = x.add_(y, alpha=size).long()  # (B, P), exact below 2^24
     if clip:
-        cell.masked_fill_(~inside, size - 2 * margin)  # in the right margin, erased below
+        cell.masked_fill_(~inside, size - 2 * margin)  # cleared below
     hits = torch.zeros(points.shape[1], size ** 2, dtype=torch.uint8, device=points.device)
     canvas = hits[:, margin * (size + 1):]  # where pixel (0, 0) is
     canvas.scatter_(1, cell, hits.new_full((1, 1), GREY).expand(cell.shape))
@@ -203,7 +203,7 @@ def stamp(images, generator=None):
     """Give dilated images (B, S, S) their random texture, in place.
 
     The authors stamp each point with one of the 511 non-empty 3x3 masks, and later stamps overwrite
-    earlier ones. A covered pixel then shows one random bit, set in 256 of 511 masks (here 1/2). So
+    earlier ones. So a covered pixel is a coin flip, lit with probability 256/511. Here it is 1/2:
     an image is the dilated points times a mask of coin flips, and a new texture is a new mask.
     """
     bit = 2 ** torch.arange(8, dtype=torch.uint8, device=images.device)
@@ -222,8 +222,8 @@ def render_ifs(maps, size=512, points=100_000, texture="random", generator=None,
 
     texture: "random" 3x3 masks (the paper), "fill" whole 3x3 stamps, "point" single pixels.
     generator (CPU): of the shared sequence of maps and the texture. probs (N,) or (L, N):
-    of the maps, by default in proportion to the mean |det A|. A system without an attractor
-    runs away in the burn-in and gives a nearly blank image.
+    of the maps, by default in proportion to the mean |det A|; a run passes the base system's. A
+    system without an attractor runs away in the burn-in and gives a nearly blank image.
     """
     if maps.ndim != 4 or maps.shape[2:] != (2, 3) or not len(maps) or not maps.isfinite().all():
         raise ValueError("need finite maps (L, N, 2, 3)")
@@ -245,7 +245,7 @@ def render_ifs(maps, size=512, points=100_000, texture="random", generator=None,
             hits = rasterize(cloud, size, low, high, clip)
             out.copy_(hits) if texture == "point" else dilate(hits, out=out)
     if texture == "random":
-        seed = int(torch.randint(2 ** 24, (), generator=generator))  # alike in all versions
+        seed = int(torch.randint(2 ** 24, (), generator=generator))  # alike in all torch versions
         stamp(images, torch.Generator(maps.device).manual_seed(seed))
     return images
 
@@ -264,9 +264,9 @@ def render_ifs(maps, size=512, points=100_000, texture="random", generator=None,
 # from random crops: telling L whole images apart is easy and teaches little, while telling crops
 # apart takes features that hold at every place and scale.
 #
-# A fixed random texture is such a mark too, like the dots of section 2: its coin flips differ from
-# image to image and never change. The paper has it all the same.
-# `--fresh-texture` flips new coins at each step; whole stamps (recipe nano) have no texture.
+# A fixed random texture gives a class away as well, like the dots of section 2: its coin flips
+# differ from image to image and never change. The paper uses one nevertheless. `--fresh-texture`
+# flips new coins at each step. Whole stamps (the default of recipe nano) have no texture.
 #
 # FractalDB and OFDB, older datasets of fractals, are the same program at other settings: they have
 # many fractals ("categories"), and the label is the category. FractalDB has 1,000 images of each,
@@ -275,9 +275,8 @@ def render_ifs(maps, size=512, points=100_000, texture="random", generator=None,
 def perturb(maps, delta, L, generator=None, noise="additive"):
     """L draws from the cube around a system: maps (N, 2, 3) -> (L, N, 2, 3), Eq. 9; any shape.
 
-    noise: "additive", the paper: eps ~ U(-delta/2, delta/2) is added to all six numbers of a map;
-    "multiplicative", the authors' code: each number times U(1 - delta, 1 + delta). The first k of L
-    draws are the same for every L.
+    noise: "additive" (the paper): each number plus U(-delta/2, delta/2). "multiplicative" (the
+    authors' code): each number times U(1 - delta, 1 + delta). Draw k is the same for every L.
     """
     if noise not in ("additive", "multiplicative"):
         raise ValueError(f"noise must be additive or multiplicative, got {noise!r}")
@@ -298,8 +297,8 @@ class Data:
     """n labelled images. data[i], for indices i (B,) on the CPU: uint8 images (B, S, S) or
     (B, 3, S, S) and labels (B,), on the device.
 
-    draw(i) makes the images, once if they all fit into KEEP_BYTES, else each time. texture: what
-    `stamp` adds. "random": with the drawing; "fresh": each time. numbers: for omega.json.
+    draw(i) makes the images, once if all fit into KEEP_BYTES, else each time. texture: what `stamp`
+    adds, "random" whenever they are drawn, "fresh" each time. numbers: kept in omega.json.
     """
 
     def __init__(self, labels, draw, device, texture=None, **numbers):
@@ -335,7 +334,7 @@ def base_ifs(num_maps, sigma, seed):
     generator = seeded(seed)  # section 6
     def propose():
         target = 0
-        while not 0 < target < 3 * num_maps:  # at 3 a map nothing contracts
+        while not 0 < target < 3 * num_maps:  # at 3 per map nothing contracts
             target = sigma + 0.2 * (torch.rand((), generator=generator).item() - 0.5)
         return sample_ifs(num_maps, target, generator)[None]
     def draw(maps):
@@ -346,7 +345,7 @@ def base_ifs(num_maps, sigma, seed):
 def draw_ifs(maps, probs, args):
     """The images of systems (B, N, 2, 3), all drawn with one sequence of maps."""
     texture = "point" if args.texture == "point" else "fill"  # `Data` adds random masks
-    return render_ifs(maps, args.canvas, args.points, texture, seeded(args.seed, "eps"), probs)
+    return render_ifs(maps, args.canvas, args.points, texture, seeded(args.seed, "maps"), probs)
 
 
 def fractal_data(args):
@@ -354,8 +353,8 @@ def fractal_data(args):
     base = base_ifs(args.num_maps, args.sigma, args.fractal_seed)
     probs = base[..., :2].det().abs()  # before perturbation
     draw = functools.partial(draw_ifs, probs=probs, args=args)
-    # As the authors do, redraw what covers less than 5%, or 10% if masks light half of it. This is
-    # done on the CPU, so that the choice is the same on every device.
+    # An eps whose image covers less than 5% is rejected, as by the authors; 10% if masks will light
+    # half of it. The CPU decides, so that all devices agree.
     generator = seeded(args.seed, "eps")
     propose = functools.partial(perturb, base, args.delta, 128, generator, args.noise)
     share = 0.1 if args.texture in ("random", "fresh") else 0.05
@@ -455,7 +454,7 @@ class ViT(nn.Module):
 # To copy this section (with A): import math, torch, torch.nn.functional as F
 #                                from torchvision.transforms.v2 import functional as T
 #
-# Every sample gets its own crop, flips, operations and erased box. Crops of random place and scale
+# Every sample gets its own crop, flips, RandAugment and erased box. Crops of random place and scale
 # make the task of section 3 hard. Mixup and cutmix blend each image, and its target, with another
 # image of the batch. What is done, and where, is chosen on the CPU, and the pixels stay on the
 # device, so nothing waits for a GPU. All random numbers come from torch's default generators, which
@@ -470,8 +469,8 @@ def resample_rows(x, start, length, size):
     """Antialiased cubic resampling of the rows [start, start + length) of each image:
     (B, C, H, W) -> (B, C, size, W).
 
-    start, length (B,): whole pixels. With a negative length the rows are read backwards from start,
-    one past the last row: a flip. Keys' kernel, a = -0.5, widened when shrinking, cut off outside
+    start, length (B,): whole pixels. A negative length is a flip: rows [start + length, start) are
+    read backwards. Keys' kernel, a = -0.5, widened when shrinking, cut off outside
     the box and normalised, as torchvision's resize(antialias=True).
     """
     B, C, H, W = x.shape
@@ -520,12 +519,11 @@ class Augment:
     def __init__(self, img_size, num_classes, crop=True, aspect=True, crop_scale=(0.08, 1.0),
                  flip=(0.5, 0.5), randaug=True, jitter=0.4, erase=0.5, mixup=0.8, cutmix=1.0,
                  smoothing=0.1, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5)):
-        self.img_size, self.num_classes = img_size, num_classes
+        self.img_size, self.num_classes, self.mean, self.std = img_size, num_classes, mean, std
         self.crop, self.crop_scale, self.flip = crop, crop_scale, flip
         self.ratio = (3 / 4, 4 / 3) if aspect else (1, 1)
         self.randaug, self.jitter, self.erase = randaug, 0 if randaug else jitter, erase
         self.mixup, self.cutmix, self.smoothing = mixup, cutmix, smoothing
-        self.mean, self.std = mean, std
 
     def __call__(self, images, labels):
         x = self.resized_crop(images)
@@ -564,7 +562,7 @@ class Augment:
         [boxes] = send(x.device, boxes)  # (2, 2, B)
         for start, length in boxes:  # of the rows, of the columns
             x = resample_rows(x, start, length, self.img_size).transpose(2, 3)
-        return x.contiguous().clamp_(0, 255).add_(0.5).floor_()
+        return x.contiguous().clamp_(0, 255).round_()
 
     def random_erase(self, x):
         """A box of 2% to a third of the area becomes N(0, 1) noise (Zhong et al., pixel mode)."""
@@ -597,11 +595,11 @@ class Augment:
 
 # ==== 6 · Training: one loop for pre-training and fine-tuning =====================================
 #
-# The random numbers of a step are a function of (seed, step, rank), and its images are a function
-# of (seed, step). No generator has a state that lasts longer than a step. A checkpoint holds
-# weights, optimizer state, step and log. So a run that is resumed on a CPU has the same bits as one
-# without a break. (On a GPU some sums depend on the order in which threads finish.)
-# Processes are "ranks", 0 to world - 1. They see different images. Rank 0, the lead, writes.
+# The images of a step are a function of (seed, step), and its random numbers of (seed, step, rank),
+# where rank is 0 to world - 1 if several processes share the images out. No generator has a state
+# that lasts longer than a step. A checkpoint holds weights, optimizer state, step and log. So a run
+# that is resumed on a CPU has the same bits as one without a break. (On a GPU some sums depend on
+# the order in which threads finish.) Only rank 0, the lead, writes.
 
 def seed_for(*key):
     """A 31-bit seed from any key of numbers and strings, the same on every machine."""
@@ -716,7 +714,7 @@ def make_model(args, classes):
     """The network with its initial weights."""
     dim, depth, heads = MODELS[args.model]
     torch.manual_seed(seed_for(args.seed, "weights"))
-    with blaming("--patch-size"):
+    with blaming("--patch-size"):  # makes it one line: D
         return ViT(args.img_size, args.patch_size, classes, dim, depth, heads, args.drop_path)
 
 
@@ -735,7 +733,7 @@ def pretrain(args):
     if args.lead and not args.resume:
         write_json(Path(args.out) / "omega.json", data.numbers)  # the authors kept none
     classes = int(data.labels.max()) + 1
-    augment = make_augment(args, classes, flip=(0.5 * args.flip,) * 2, erase=0.5 * args.erase)
+    augment = make_augment(args, classes, flip=(args.flip / 2,) * 2, erase=args.erase / 2)
     train(args, make_model(args, classes).to(args.device), data, augment, args.steps)
 
 
@@ -748,8 +746,7 @@ def finetune(args, layers=None):
         load_weights(model, args.ckpt)
     if layers:  # `probe`, section E
         model = Probe(model, layers, classes)
-    flip = (0.5 * args.flip, 0.0)  # no more up-down
-    augment = make_augment(args, classes, flip=flip, erase=0.25 * args.erase, **IMAGENET)
+    augment = make_augment(args, classes, flip=(args.flip / 2, 0), erase=args.erase / 4, **IMAGENET)
     steps = math.ceil(args.epochs * len(data) / args.batch_size)
     train(args, model.to(args.device), data, augment, steps, tests)
 
@@ -791,7 +788,9 @@ def blend(x, op, factor):
     degenerate = torch.where(op == 1, degenerate, mean * (op == 2))
     if sharpen:  # [[1,1,1],[1,5,1],[1,1,1]] / 13
         smooth, inner = x.clone(), x[..., 1:-1, 1:-1]
-        smooth[..., 1:-1, 1:-1] = ((9 * F.avg_pool2d(x, 3, 1) + 4 * inner) / 13 + 0.5).floor()
+        rows = x[..., :-2, :] + x[..., 1:-1, :] + x[..., 2:, :]
+        ring = rows[..., :-2] + rows[..., 1:-1] + rows[..., 2:]
+        smooth[..., 1:-1, 1:-1] = ((ring + 4 * inner) / 13 + 0.5).floor()
         degenerate = torch.where(op == 3, smooth, degenerate)
     return torch.lerp(degenerate, x, factor).clamp_(0, 255).floor_()
 
@@ -804,9 +803,11 @@ def apply_affine(x, op, level, fill=128):
     angle, shear_x, shear_y, shift_x, shift_y = (most * level[:, 0, 0]).unbind(1)  # one is not 0
     cos, sin = angle.cos(), angle.sin()
     matrix = torch.stack([cos, shear_x - sin, shear_x + shift_x,  # Pillow shears about the corner
-                          sin + shear_y, cos, shear_y + shift_y], 1).view(-1, 2, 3)
-    grid = F.affine_grid(matrix, list(x.shape), align_corners=False)
-    return F.grid_sample(x - fill, grid, align_corners=False).add_(fill + 1e-3).floor_()
+                          sin + shear_y, cos, shear_y + shift_y], 1).view(-1, 2, 3, 1, 1)
+    row, column = ((torch.arange(n, device=x.device) + 0.5) * (2 / n) - 1 for n in x.shape[2:])
+    grid = matrix[:, :, 0] * column + (matrix[:, :, 1] * row[:, None] + matrix[:, :, 2])
+    x = F.grid_sample(x - fill, grid.permute(0, 2, 3, 1), align_corners=False)
+    return x.add_(fill + 1e-3).floor_()
 
 
 def apply_op(x, op, magnitude, sign):
@@ -1238,8 +1239,7 @@ def load_weights(model, path):
         grid = pos[:, 1:].view(1, old, old, -1).permute(0, 3, 1, 2)  # (1, D, old, old)
         grid = F.interpolate(grid, size=(new, new), mode="bicubic", antialias=True)
         state["pos_embed"] = torch.cat([pos[:, :1], grid.flatten(2).transpose(1, 2)], 1)
-        head = {name: own[name] for name in ("head.weight", "head.bias")}
-        model.load_state_dict(state | head)
+        model.load_state_dict(state | {n: own[n] for n in ("head.weight", "head.bias")})
 
 
 def open_run(args):
@@ -1496,9 +1496,9 @@ FLAGS = [  # commands, heading, flags: name, default, kind (choices, bool or a t
     (f"{TRAIN} render", "general",
      ("recipe", RECIPES, RECIPES, "defaults; without: nano, on a GPU small"),
      ("seed", 0, any_seed, "of everything but --fractal-seed"),
-     ("device", "auto", ("auto", "cuda", "cpu"), "where everything happens"),
+     ("device", "auto", ("auto", "cuda", "cpu"), "where it runs"),
      ("out", None, str, "folder to write to; default: runs/COMMAND"),
-     ("root", "data", str, "folder of images, read or downloaded to")),
+     ("root", "data", str, "folder of images")),
     (TRAIN, "the run",
      ("resume", off, bool, "continue the run in --out, exactly"),
      ("save_every", 1000, whole(1), "steps between checkpoints"),
@@ -1506,38 +1506,38 @@ FLAGS = [  # commands, heading, flags: name, default, kind (choices, bool or a t
      ("precision", "auto", ("auto", "bf16", "fp32"), "auto: bf16 where it is fast")),
     (DRAW, "Tables 2, 3, 4: what is drawn",
      ("source", "fractal", tuple(SOURCES), "of the images"),
-     ("categories", 1, whole(1), "1: one image, perturbed; more: a dataset of many"),
+     ("categories", 1, whole(1), "1: one image, perturbed; more: many"),
      ("instances", 1, whole(1, 1000), "images of each category")),
     (DRAW, "Tables 5, 6, 7, 8: the LIEP distribution",
      ("delta", 0.1, real(0), "side of the cube that eps is drawn from"),
      ("sigma", 3.5, positive, "sigma-factor of the fractal"),
-     ("L", (64, 1000, 1000), whole(2), "perturbations, which are the classes"),
+     ("L", (64, 1000, 1000), whole(2), "perturbations, the classes"),
      ("noise", "additive", ("additive", "multiplicative"), "the paper's, or the authors'")),
-    (DRAW, "Tables 11, 12: one real image (--source image)",
+    (DRAW, "Tables 11, 12: with --source image",
      ("image", None, str, "a file; default: matplotlib's photograph"),
      ("edges", "none", ("none", "canny"), "canny: draw its edges instead"),
      ("warp", "affine", tuple(WARPS), "what eps does to it")),
     (DRAW, "the picture",
      ("fractal_seed", 32, any_seed, "which fractal or other image"),
      ("num_maps", 2, whole(2), "N of Eq. 1"),
-     ("canvas", (128, 128, 512), whole(16, 4096), "pixels a side that are drawn"),
+     ("canvas", (128, 128, 512), whole(16, 4096), "pixels a side, as drawn"),
      ("points", (20_000, 100_000, 100_000), whole(1), "of the chaos game, for an image")),
     (DRAW, "the texture (random masks, whole 3x3 stamps, single pixels): one of",
      ("texture", ("fill", "random", "random"), ("random", "fill", "point"), "of the dots"),
      ("fresh_texture", off, bool, 'new random masks each step (Table 13, "w/ Aug.")')),
     (TRAIN, "network",
      ("model", ("vit_nano", "vit_tiny", "vit_tiny"), tuple(MODELS), "Vision Transformer"),
-     ("img_size", (32, 32, 224), whole(1), "pixels a side that the network sees"),
+     ("img_size", (32, 32, 224), whole(1), "pixels a side, as the network sees"),
      ("patch_size", (4, 4, 16), whole(1), "pixels a side of a patch"),
      ("drop_path", (0.0, 0.0, 0.1), real(0, 0.99), "stochastic depth")),
     ("finetune probe", "Tables 13, 14, Fig. 3: downstream",
-     ("ckpt", None, str, "weights to start from; default: random ones"),
+     ("ckpt", None, str, "weights to start from; default: random"),
      ("data", "cifar100", ("folder", *DATASETS), "dataset"),
-     ("train_per_class", None, whole(1), "a fixed balanced subset; default: all images"),
-     ("holdout", 0.0, real(0, 0.9), "share of the training images to test on instead"),
+     ("train_per_class", None, whole(1), "a fixed balanced subset; default: all"),
+     ("holdout", 0.0, real(0, 0.9), "share of the training images to test on"),
      ("eval_epochs", 5.0, positive, "epochs between tests"),
-     ("layers", [None, None, [1, 2, 3, 4, 6]], whole(1), "blocks that are kept, frozen")),
-    (TRAIN, "optimisation (numbers are used as they are)",
+     ("layers", [None, None, [1, 2, 3, 4, 6]], whole(1), "blocks that are kept")),
+    (TRAIN, "optimisation (literal numbers)",
      ("steps", [(7000, 20_000, 240_000), None, None], whole(1), "length of pre-training"),
      ("epochs", [None, (8, 100, 1000), (4, 30, 36)], positive, "over the training images"),
      ("batch_size", [(64, 512, 256), (64, 256, 768), 256], whole(1), "on all ranks together"),
@@ -1556,7 +1556,7 @@ FLAGS = [  # commands, heading, flags: name, default, kind (choices, bool or a t
      ("mixup", [(off, off, on), (off, on, on), off], bool, "blend pairs of images"),
      ("cutmix", [(off, on, on), (off, on, on), off], bool, "paste a box of another image"),
      ("flip", [(off, off, on), on, on], bool, "left-right; in pre-training up-down too"),
-     ("jitter", [(off, off, on), (off, off, on), off], bool, "acts only without randaug")),
+     ("jitter", [(off, off, on), (off, off, on), off], bool, "only without randaug")),
 ]
 
 

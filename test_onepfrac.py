@@ -375,7 +375,7 @@ def test_a_class_is_the_fractal_with_its_eps_added():
     data = opened("--L", 5, "--delta", 0.2)
     base, eps = data.numbers["base"], data.numbers["eps"]
     assert (base == fractal()).all() and eps.shape == (5, 2, 2, 3) and eps.abs().max() <= 0.1 + 1e-6
-    drawn = render(base + eps, 64, 2000, "fill", seeded(op.seed_for(0, "eps")), base[..., :2].det().abs())
+    drawn = render(base + eps, 64, 2000, "fill", seeded(op.seed_for(0, "maps")), base[..., :2].det().abs())
     images, labels = data[torch.tensor([4, 0, 4])]
     assert images.device.type == DEVICE and labels.tolist() == [4, 0, 4] and images.dtype == torch.uint8
     assert (images.cpu() == drawn[[4, 0, 4]]).all() and len(data) == 5
@@ -918,7 +918,7 @@ def test_a_category_is_a_base_system_and_an_instance_one_of_its_variations():
     assert (images[75] == images[0].flip(0, 1)).all() and (images[100] == images[0]).all()
     maps = maps[0].clone()
     maps[:, 1, 1] *= 1.8                                                # d, the fifth of six numbers
-    drawn = render(maps[None], 64, 2000, "fill", seeded(op.seed_for(0, "eps")), probs[0])
+    drawn = render(maps[None], 64, 2000, "fill", seeded(op.seed_for(0, "maps")), probs[0])
     assert (images[20].cpu() == drawn[0]).all()
 
 
@@ -1614,7 +1614,7 @@ def test_render_writes_a_folder_that_trains(tmp_path):
     assert len(dataset) == 12 and [c for _, c in dataset.samples] == list(range(12))
     base, numbers = fractal(), json.loads((tmp_path / "x.json").read_text())
     maps = base + torch.tensor(numbers["eps"])
-    drawn = op.render_ifs(maps, 32, 2000, "fill", seeded(op.seed_for(0, "eps")), base[:, :, :2].det().abs())
+    drawn = op.render_ifs(maps, 32, 2000, "fill", seeded(op.seed_for(0, "maps")), base[:, :, :2].det().abs())
     assert all((np.array(dataset[i][0])[..., 0] == drawn[i].numpy()).all() for i in range(12))
 
 
