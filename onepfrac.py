@@ -133,7 +133,6 @@ GREY = 127  # of the dots
 IN_FLIGHT = {"cpu": (28_000_000, 3_000_000), "cuda": (70_000_000, 100_000_000)}
 
 
-
 def map_table(probs, points, generator=None):
     """A table j (..., M) of indices of random maps, and a list of offsets: one for each doubling,
     each word of the burn-in, each step. M is the number of orbits plus PLACES. Stratified: map i
@@ -208,10 +207,10 @@ def stamp(images, generator=None):
     """
     bit = 2 ** torch.arange(8, dtype=torch.uint8, device=images.device)
     pixels = images[0].numel()
-    few = max(1, 2 ** 20 // pixels)
-    for group in images.split(few):
+    size = max(1, 2 ** 20 // pixels)
+    for group in images.split(size):
         # Always draw a full group: an image's texture must not depend on the number of images.
-        draw = torch.empty(-(-few * pixels // 64), dtype=torch.int64, device=images.device)
+        draw = torch.empty(-(-size * pixels // 64), dtype=torch.int64, device=images.device)
         draw = draw.random_(-2 ** 63, None, generator=generator).view(torch.uint8)
         coin = (draw & bit[:, None]).ne_(0)
         group.mul_(coin.view(-1)[:group.numel()].view_as(group))
@@ -235,11 +234,11 @@ def render_ifs(maps, size=512, points=100_000, texture="random", generator=None,
     images = torch.empty(len(maps), size, size, dtype=torch.uint8, device=maps.device)
     numbers, dots = IN_FLIGHT.get(maps.device.type, IN_FLIGHT["cpu"])
     group = max(1, numbers // (2 * points + 6 * j.shape[-1]))
-    few = max(1, dots // (points + size ** 2))
+    part = max(1, dots // (points + size ** 2))
     for first in range(0, len(maps), group):
         table = j if j.ndim == 1 else j[first:first + group]
         orbits = chaos_game(maps[first:first + group], table, offsets).flatten(2)
-        for cloud, out in zip(orbits.split(few, 1), images[first:first + group].split(few)):
+        for cloud, out in zip(orbits.split(part, 1), images[first:first + group].split(part)):
             low, high = cloud.amin(2), cloud.amax(2)  # each image is stretched to its own box
             clip = not (high - low).isfinite().all()  # an orbit ran away beyond all numbers
             hits = rasterize(cloud, size, low, high, clip)
@@ -295,7 +294,7 @@ KEEP_BYTES = 6 * 2 ** 30  # what fits in here is drawn once and kept
 
 class Data:
     """n labelled images. data[i], for indices i (B,) on the CPU: uint8 images (B, S, S) or
-    (B, 3, S, S) and labels (B,), on the device.
+    (B, C, S, S) and labels (B,), on the device.
 
     draw(i) makes the images, once if all fit into KEEP_BYTES, else each time. texture: what `stamp`
     adds, "random" whenever they are drawn, "fresh" each time. numbers: kept in omega.json.
@@ -305,10 +304,10 @@ class Data:
         self.labels, self.draw, self.device = labels.to(device), draw, device
         self.numbers, self.images = numbers, None
         first = draw(torch.arange(1))
-        self.few = max(1, min(500, 2 ** 25 // first.numel()))  # images that are drawn at once
+        self.group = max(1, min(500, 2 ** 25 // first.numel()))  # images that are drawn at once
         if len(labels) * first.numel() <= KEEP_BYTES:
             self.images = first.new_empty(len(labels), *first.shape[1:])
-            for i in torch.arange(len(labels)).split(self.few):
+            for i in torch.arange(len(labels)).split(self.group):
                 self.images[i[0]:i[-1] + 1] = draw(i)
             if texture == "random":
                 stamp(self.images)
@@ -319,7 +318,7 @@ class Data:
 
     def __getitem__(self, i):
         [index] = send(self.device, i)
-        images = torch.cat([self.draw(part) for part in i.split(self.few)]) \
+        images = torch.cat([self.draw(k) for k in i.split(self.group)]) \
             if self.images is None else self.images.index_select(0, index)
         if self.fresh:
             stamp(images)
@@ -557,7 +556,7 @@ class Augment:
         start, length = torch.zeros(2, B), torch.full((2, B), float(S))
         if random and self.crop:
             start, length = random_boxes(B, S, self.crop_scale, self.ratio)
-        flip = torch.rand(2, B) < random * torch.tensor(self.flip[::-1])[:, None]  # rows, columns
+        flip = (torch.rand(2, B) < torch.tensor(self.flip[::-1])[:, None]) & random  # rows, columns
         boxes = torch.stack([start + flip * length, torch.where(flip, -length, length)], 1)
         [boxes] = send(x.device, boxes)  # (2, 2, B)
         for start, length in boxes:  # of the rows, of the columns
@@ -742,7 +741,7 @@ def finetune(args, layers=None):
     open_run(args)
     data, tests, classes = downstream_data(args)  # section C
     model = make_model(args, classes)
-    if args.ckpt:
+    if args.ckpt and not args.resume:
         load_weights(model, args.ckpt)
     if layers:  # `probe`, section E
         model = Probe(model, layers, classes)
@@ -811,8 +810,8 @@ def apply_affine(x, op, level, fill=128):
 
 
 def apply_op(x, op, magnitude, sign):
-    """One operation per sample: x (B, C, H, W); op (B,) indexes OPS (len(OPS): none), magnitude
-    (B,) in 0..10, sign (B,) +-1. Scales of timm's "increasing" set."""
+    """One operation per sample: x (B, C, H, W); on the CPU op (B,), which indexes OPS (its length:
+    none), magnitude (B,) in 0..10, sign (B,) +-1. Scales of timm's "increasing" set."""
     level, x = magnitude / 10, x.clone()
     kinds = [(f, k, k, level) for k, f in enumerate(PIXEL_OPS.values())]
     kinds.append((blend, 6, 9, (1 + 0.9 * sign * level).clamp(min=0.1)))
@@ -852,13 +851,12 @@ def color_jitter(x, jitter):
 
 def first_filled(n, propose, draw, share, flag, background=0):
     """Rejection sampling: the first n candidates whose image is filled to a share of its pixels.
-    propose() gives the next candidates (B, ...), draw(candidates) their images. InputError if fewer
-    than one candidate in a hundred passes."""
+    propose() gives the next candidates (B, ...), draw(candidates) their images. InputError if less
+    than one candidate in a hundred passes, or none of a thousand."""
     kept, tried = [], 0
     while len(kept) < n:
         if tried > 100 * n + 1000:
-            raise InputError(f"{flag}: only {len(kept)} of {tried} images are filled {share:.0%}; "
-                             "try other --sigma, --delta, --points or --num-maps")
+            raise InputError(f"{flag}: {len(kept)} of {tried} images cover {share:.0%}; change it")
         batch = propose()
         lit = (draw(batch) != background).flatten(1).float().mean(1).cpu()
         kept += batch[lit >= share]
@@ -973,7 +971,7 @@ def contour_data(args):
     One category: the first that fills a fifth of the canvas; the radii of each polygon are
     multiplied by 1 + eps (the paper gives no formula). Pillow is faster here than a GPU.
     """
-    background, candidates = 255 * (args.source == "rcdb"), iter(torch.arange(10 ** 6)[:, None])
+    background, ids = 255 * (args.source == "rcdb"), iter(range(10 ** 6))
     def numbers(k):  # k = category * instances + instance
         return contour(args.source, args.fractal_seed, *divmod(int(k), args.instances))
     def draw(pictures):
@@ -984,7 +982,7 @@ def contour_data(args):
     if args.categories > 1:
         labels = torch.arange(args.categories * args.instances) // args.instances
         return Data(labels, draw_all, args.device)
-    [k] = first_filled(1, lambda: next(candidates), draw_all, 0.2, "--source", background)
+    [k] = first_filled(1, lambda: torch.tensor([next(ids)]), draw_all, 0.2, "--source", background)
     offsets, centre, greys = numbers(k)
     return perturbed(torch.ones(len(greys)), lambda scales: draw(
         (offsets * s, centre, greys) for s in scales[..., None, None].numpy()), args, category=k)
@@ -1037,13 +1035,14 @@ def image_data(args):
         raise InputError("--noise multiplicative: cannot change --warp elastic, all zeros")
     file = args.image or cbook.get_sample_data("grace_hopper.jpg", asfileobj=False)
     with blaming(f"--image {file}"):
-        image = square(read_image(file), args.canvas).to(args.device)
+        image = square(read_image(file), args.canvas)
     if args.edges == "canny":
         image = canny(to_grey(image[None].float())[0, 0].to(torch.uint8))[None]
+    image = image.to(args.device).float()
     def draw(params):
         grid = warp_grid(args.warp, params.to(args.device), args.canvas)
-        pixels = image.float().expand(len(params), -1, -1, -1)
-        return F.grid_sample(pixels, grid, align_corners=False).add_(0.5).to(torch.uint8)
+        warped = F.grid_sample(image.expand(len(params), -1, -1, -1), grid, align_corners=False)
+        return warped.add_(0.5).to(torch.uint8)
     return perturbed(WARPS[args.warp], draw, args)
 
 
@@ -1053,13 +1052,13 @@ SOURCES = {"fractal": fractal_data, "rcdb": contour_data, "va": contour_data,
 
 
 def source_data(args):
-    """The images of --source -> Data. Refuses flags that it has no use for."""
+    """The images of --source -> Data. Refuses what cannot be."""
     source, many = args.source, args.categories > 1
-    if many > (source in ("fractal", "rcdb", "va")) or args.instances > 1 > many:
+    if (args.instances > 1 or many) and not (many and source in ("fractal", "rcdb", "va")):
         raise InputError("--categories above 1: for fractal, rcdb, va; --instances: only with it")
     if source != "image" and (args.image, args.edges, args.warp) != (None, "none", "affine"):
         raise InputError("--image, --edges, --warp: only with --source image")
-    if args.fresh_texture > (source in ("fractal", "gaussian", "uniform")):
+    if args.fresh_texture and source not in ("fractal", "gaussian", "uniform"):
         raise InputError(f"--fresh-texture: --source {source} has no texture")
     args.texture = "fresh" if args.fresh_texture else args.texture
     torch.manual_seed(seed_for(args.seed, "texture"))
@@ -1069,12 +1068,12 @@ def source_data(args):
 # ==== C · Downstream datasets: torchvision's by name, or a folder (for `finetune`, `probe`) =======
 
 DATASETS = {  # name: torchvision's class (by default the training set), split to test on
-    "cifar10": ("CIFAR10", None), "cifar100": ("CIFAR100", None), "pcam": ("PCAM", "test"),
+    "cifar10": ("CIFAR10", False), "cifar100": ("CIFAR100", False), "pcam": ("PCAM", "test"),
     "flowers102": ("Flowers102", "test"), "dtd": ("DTD", "test"), "food101": ("Food101", "test"),
     "stanford_cars": ("StanfordCars", "test"), "pets": ("OxfordIIITPet", "test"),
     "aircraft": ("FGVCAircraft", "test"), "svhn": ("SVHN", "test"), "stl10": ("STL10", "test"),
     "places365": ("Places365", "val"), "clevr": ("CLEVRClassification", "val"),
-    "eurosat": ("EuroSAT", ""), "sun397": ("SUN397", ""),  # a fifth is held out
+    "eurosat": ("EuroSAT", None), "sun397": ("SUN397", None),  # a fifth is held out
 }
 
 
@@ -1110,10 +1109,10 @@ def open_datasets(args):
             raise InputError(f"--root {args.root}: the classes of train/ and {test}/ differ")
         return sets
     kind, split = DATASETS[args.data]
-    test = dict(split=split) if split else dict(train=False) if split is None else {}
+    test = {} if split is None else {"split" if split else "train": split}
     more = dict(small=True) if args.data == "places365" else {}
     make = functools.partial(getattr(torchvision.datasets, kind), args.root, **more)
-    args.holdout = args.holdout or 0.2 * (not test)
+    args.holdout = args.holdout or 0.2 * (split is None)
     with blaming(f"--data {args.data}: is not in --root {args.root} and cannot be downloaded; put "
                  "it there, or use --data folder"):
         try:
@@ -1248,13 +1247,8 @@ def open_run(args):
     if last.exists() != args.resume:
         raise InputError(f"--resume: there is no {last}; check --out" if args.resume else
                          f"--out {out}: holds a run; give another --out, or --resume it")
-    if args.lead and not args.resume:
+    if args.lead:
         out.mkdir(parents=True, exist_ok=True)
-        git = f'git -C "{Path(__file__).parent}" describe --always --dirty'
-        gpu = torch.cuda.get_device_name() if args.device.startswith("cuda") else None
-        write_json(out / "args.json", vars(args) | dict(
-            processor=gpu or torch.backends.cpu.get_cpu_capability(), torch=torch.__version__,
-            threads=torch.get_num_threads(), commit=subprocess.getoutput(git)))
 
 
 def join_ranks(args):
@@ -1287,7 +1281,7 @@ def accelerate(model, args):
     return network
 
 
-# Settings that a result does not depend on: a resumed run may change them.
+# Settings that may differ when a run is resumed.
 FREE = "out root device resume save_every log_every precision rank lead".split()
 
 
@@ -1302,6 +1296,11 @@ class Run:
         if args.resume:
             self.load(self.out / "last.pt")
         elif args.lead:
+            git = f'git -C "{Path(__file__).parent}" describe --always --dirty'
+            gpu = torch.cuda.get_device_name() if args.device.startswith("cuda") else None
+            write_json(self.out / "args.json", vars(args) | dict(
+                processor=gpu or torch.backends.cpu.get_cpu_capability(), torch=torch.__version__,
+                threads=torch.get_num_threads(), commit=subprocess.getoutput(git)))
             millions = sum(p.numel() for p in model.parameters()) / 1e6
             print(f"recipe {args.recipe}: {args.model} ({millions:.1f}M parameters), {args.device} "
                   f"x{args.world}, {args.precision}, {steps} steps of {args.batch_size}")
@@ -1397,10 +1396,10 @@ class Run:
         if stopping or self.at(args.save_every):
             self.check_finite()
             seconds, file = self.seconds + time.perf_counter() - self.tick, io.BytesIO()
-            torch.save(dict(args=vars(args), step=self.step, seconds=seconds, log=self.log,
-                            total=self.total.cpu(), model=self.model.state_dict(),
-                            optimizer=self.optimizer.state_dict()), file)
             if args.lead:
+                torch.save(dict(args=vars(args), step=self.step, seconds=seconds, log=self.log,
+                                total=self.total.cpu(), model=self.model.state_dict(),
+                                optimizer=self.optimizer.state_dict()), file)
                 replace_file(self.out / "last.pt", file.getbuffer())
         if stopping:
             if args.world > 1:
@@ -1492,12 +1491,12 @@ def number(kind, low, high=10 ** 9):
 RECIPES, TRAIN, DRAW = ("nano", "small", "paper"), "pretrain finetune probe", "pretrain render"
 whole, real = functools.partial(number, int), functools.partial(number, float)
 any_seed, positive, on, off = whole(0, 2 ** 62), real(1e-9), True, False
-FLAGS = [  # commands, heading, flags: name, default, kind (choices, bool or a type), help
+FLAGS = [  # commands, heading ("one of": exclusive), flags: name, default, kind, help
     (f"{TRAIN} render", "general",
      ("recipe", RECIPES, RECIPES, "defaults; without: nano, on a GPU small"),
      ("seed", 0, any_seed, "of everything but --fractal-seed"),
      ("device", "auto", ("auto", "cuda", "cpu"), "where it runs"),
-     ("out", None, str, "folder to write to; default: runs/COMMAND"),
+     ("out", None, str, "folder to write to; None: runs/COMMAND"),
      ("root", "data", str, "folder of images")),
     (TRAIN, "the run",
      ("resume", off, bool, "continue the run in --out, exactly"),
@@ -1514,7 +1513,7 @@ FLAGS = [  # commands, heading, flags: name, default, kind (choices, bool or a t
      ("L", (64, 1000, 1000), whole(2), "perturbations, the classes"),
      ("noise", "additive", ("additive", "multiplicative"), "the paper's, or the authors'")),
     (DRAW, "Tables 11, 12: with --source image",
-     ("image", None, str, "a file; default: matplotlib's photograph"),
+     ("image", None, str, "a file; None: matplotlib's photograph"),
      ("edges", "none", ("none", "canny"), "canny: draw its edges instead"),
      ("warp", "affine", tuple(WARPS), "what eps does to it")),
     (DRAW, "the picture",
@@ -1531,9 +1530,9 @@ FLAGS = [  # commands, heading, flags: name, default, kind (choices, bool or a t
      ("patch_size", (4, 4, 16), whole(1), "pixels a side of a patch"),
      ("drop_path", (0.0, 0.0, 0.1), real(0, 0.99), "stochastic depth")),
     ("finetune probe", "Tables 13, 14, Fig. 3: downstream",
-     ("ckpt", None, str, "weights to start from; default: random"),
+     ("ckpt", None, str, "weights to start from; None: random"),
      ("data", "cifar100", ("folder", *DATASETS), "dataset"),
-     ("train_per_class", None, whole(1), "a fixed balanced subset; default: all"),
+     ("train_per_class", None, whole(1), "a fixed balanced subset; None: all"),
      ("holdout", 0.0, real(0, 0.9), "share of the training images to test on"),
      ("eval_epochs", 5.0, positive, "epochs between tests"),
      ("layers", [None, None, [1, 2, 3, 4, 6]], whole(1), "blocks that are kept")),
@@ -1556,7 +1555,7 @@ FLAGS = [  # commands, heading, flags: name, default, kind (choices, bool or a t
      ("mixup", [(off, off, on), (off, on, on), off], bool, "blend pairs of images"),
      ("cutmix", [(off, on, on), (off, on, on), off], bool, "paste a box of another image"),
      ("flip", [(off, off, on), on, on], bool, "left-right; in pre-training up-down too"),
-     ("jitter", [(off, off, on), (off, off, on), off], bool, "only without randaug")),
+     ("jitter", [(on, off, on), (off, off, on), off], bool, "only without randaug")),
 ]
 
 
@@ -1637,7 +1636,7 @@ def main(argv=None):
         reason = "--batch-size: the GPU's memory is full; lower it"
     except OSError as error:  # a full disk, no permission
         reason = f"--out or --root: {error}"
-    except KeyboardInterrupt:  # nothing to save yet
+    except KeyboardInterrupt:  # before the run, or a second Ctrl-C
         return 130
     finally:
         if torch.distributed.is_available() and torch.distributed.is_initialized():

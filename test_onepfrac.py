@@ -265,6 +265,13 @@ def test_images_do_not_depend_on_the_group_they_are_rendered_in(monkeypatch):
     assert (render(maps, 64, 2000, "fill", seeded(3), probs) == together).all()
 
 
+@pytest.mark.parametrize("points", [1, 149, 150, 151, 20_000, 100_000])
+def test_as_many_points_are_drawn_as_asked_and_less_than_one_orbit_more(points):
+    j, offsets = op.map_table(torch.ones(2), points, seeded(0))
+    drawn = op.chaos_game(fractal()[None], j, offsets)[0].numel()
+    assert points <= drawn < points + op.ORBIT
+
+
 def test_systems_with_probabilities_of_their_own_render_together_as_alone():
     maps = torch.stack([op.sample_ifs(3, 4.8, seeded(s)) for s in range(5)])
     probs = torch.rand(5, 3, generator=seeded(9))
@@ -403,7 +410,7 @@ def test_what_does_not_fit_is_drawn_at_every_step(monkeypatch):
         monkeypatch.undo()
         assert kept.images is not None and drawn.images is None
         indices = [torch.tensor([3, 0, 7]), torch.tensor([11])]
-        drawn.few = 2                               # the three are drawn in two groups
+        drawn.group = 2                               # the three are drawn in two groups
         for (a, i), (b, j) in ((kept[index], drawn[index]) for index in indices):
             assert a.shape == b.shape and (a == b).all() and (i == j).all()
 
@@ -1805,7 +1812,7 @@ def usual_weights(tmp_path_factory):
 
 @pytest.mark.parametrize("flags", [
     "--lr 0.1", "--weight-decay 0.3", "--warmup 0.5", "--optimizer sgd", "--clip-grad 0.01", "--randaug",
-    "--no-crop", "--no-aspect", "--erase", "--mixup", "--cutmix", "--flip", "--jitter", "--smoothing 0.2",
+    "--no-crop", "--no-aspect", "--erase", "--mixup", "--cutmix", "--flip", "--no-jitter", "--smoothing 0.2",
     "--min-crop 0.5", "--drop-path 0.5", "--model vit_tiny", "--patch-size 8", "--img-size 24",
     "--precision bf16", "--steps 2"])
 def test_flags_of_training_leave_the_picture_alone_and_change_the_training(flags, usual, usual_weights, tmp_path):
