@@ -118,18 +118,19 @@ def sample_ifs(num_maps, sigma, generator=None):
 # chosen, so the dots lie evenly. (A perturbed map may expand and throw some points far out.)
 # All images share one random sequence of maps. With a sequence of its own each image would have a
 # pattern of dots of its own, and the network could know images by their dots and ignore the shape.
+# (A fixed random texture is such a pattern nevertheless: section 3.)
 #
-# For speed, many short orbits (paths of a point) run side by side. At each step orbit k uses entry
-# offset + k of a table of random maps; the offset is random too. A system that fills a canvas has a
-# map that hardly shrinks it, so (0, 0) is forgotten only after hundreds of steps. "Words" make them
-# cheap: seven doublings give products of 128 maps, and an orbit first runs through four words.
+# For speed, many short orbits (paths of a point) run side by side, all through one table of random
+# maps: at each step orbit k uses entry offset + k, with a new random offset. (0, 0) is forgotten
+# only after hundreds of steps, as systems that fill a canvas have a map near a rotation. A short
+# orbit cannot spend them one by one, so it first runs through four "words", products of 128 maps.
 
 ORBIT = 150  # steps of each orbit that are drawn
 DOUBLINGS = 7  # a word is a product of 2^7 = 128 random maps
 BURN_IN = 3  # words after the first, so (1 + 3) x 128 = 512 steps
 PLACES = 1024  # an offset is in 1..1024
 GREY = 127  # of the dots
-# What is computed at once: numbers in the orbits, then points plus pixels in the rasters.
+# At most so many numbers in the orbits, and so many points plus pixels in the rasters, at once.
 IN_FLIGHT = {"cpu": (28_000_000, 3_000_000), "cuda": (70_000_000, 100_000_000)}
 
 
@@ -153,7 +154,7 @@ def chaos_game(maps, j, offsets):
     out = maps.new_empty(2, B, ORBIT, K)
     index = j.to(maps.device).expand(3, 2, B, M)
     table = maps.permute(3, 2, 0, 1).gather(3, index)  # (3, 2, B, M): the columns of [A t]
-    words = table[..., :max(K, 128)]  # at least 128
+    words = table[..., :max(K, 128)]  # 128 or more for a word
     for offset in offsets[:DOUBLINGS]:  # apply word[k], then word[k + offset]
         A_x, A_y, t = words.roll(-offset, -1)
         words = (A_x * words[:, :1]).addcmul_(A_y, words[:, 1:])
@@ -263,9 +264,9 @@ def render_ifs(maps, size=512, points=100_000, texture="random", generator=None,
 # from random crops: telling L whole images apart is easy and teaches little, while telling crops
 # apart takes features that hold at every place and scale.
 #
-# A fixed random texture gives a class away as well, like the dots of section 2: its coin flips
-# differ from image to image and never change. The paper uses one nevertheless. `--fresh-texture`
-# flips new coins at each step. Whole stamps (the default of recipe nano) have no texture.
+# A fixed random texture does give a class away, as a pattern of dots of its own would: its coin
+# flips differ from image to image and never change. The paper uses one, and recipe small as well;
+# `--fresh-texture` flips new coins at each step. Whole stamps (recipe nano) have no texture.
 #
 # FractalDB and OFDB, older datasets of fractals, are the same program at other settings: they have
 # many fractals ("categories"), and the label is the category. FractalDB has 1,000 images of each,
@@ -297,7 +298,7 @@ class Data:
     (B, C, S, S) and labels (B,), on the device.
 
     draw(i) makes the images, once if all fit into KEEP_BYTES, else each time. texture: what `stamp`
-    adds, "random" whenever they are drawn, "fresh" each time. numbers: kept in omega.json.
+    adds, "random" when images are drawn, "fresh" at each data[i]. numbers: kept in omega.json.
     """
 
     def __init__(self, labels, draw, device, texture=None, **numbers):
@@ -310,14 +311,14 @@ class Data:
             for i in torch.arange(len(labels)).split(self.group):
                 self.images[i[0]:i[-1] + 1] = draw(i)
             if texture == "random":
-                stamp(self.images)
+                stamp(self.images)  # seeded in B
         self.fresh = texture == "fresh" or (texture == "random" and self.images is None)
 
     def __len__(self):
         return len(self.labels)
 
     def __getitem__(self, i):
-        [index] = send(self.device, i)
+        [index] = send(self.device, i)  # section 5
         images = torch.cat([self.draw(k) for k in i.split(self.group)]) \
             if self.images is None else self.images.index_select(0, index)
         if self.fresh:
@@ -338,11 +339,11 @@ def base_ifs(num_maps, sigma, seed):
         return sample_ifs(num_maps, target, generator)[None]
     def draw(maps):
         return render_ifs(maps, 512, 100_000, "fill", seeded(seed))
-    return first_filled(1, propose, draw, 0.2, f"--sigma {sigma}")[0]  # section B
+    return first_filled(1, propose, draw, 0.2, f"--sigma {sigma}")[0]  # rejection: B
 
 
 def draw_ifs(maps, probs, args):
-    """The images of systems (B, N, 2, 3), all drawn with one sequence of maps."""
+    """The images of systems (B, N, 2, 3), all drawn from the same random numbers."""
     texture = "point" if args.texture == "point" else "fill"  # `Data` adds random masks
     return render_ifs(maps, args.canvas, args.points, texture, seeded(args.seed, "maps"), probs)
 
@@ -594,11 +595,11 @@ class Augment:
 
 # ==== 6 · Training: one loop for pre-training and fine-tuning =====================================
 #
-# The images of a step are a function of (seed, step), and its random numbers of (seed, step, rank),
+# Which images a step takes depends on (seed, step), and its random numbers on (seed, step, rank),
 # where rank is 0 to world - 1 if several processes share the images out. No generator has a state
-# that lasts longer than a step. A checkpoint holds weights, optimizer state, step and log. So a run
-# that is resumed on a CPU has the same bits as one without a break. (On a GPU some sums depend on
-# the order in which threads finish.) Only rank 0, the lead, writes.
+# that lasts longer than a step, and images are drawn again from the flags. So with the weights,
+# optimizer state, step and log of a checkpoint a resumed run has the same bits on a CPU as one
+# without a break. (On a GPU some sums depend on the order of threads.) Rank 0, the lead, writes.
 
 def seed_for(*key):
     """A 31-bit seed from any key of numbers and strings, the same on every machine."""
@@ -702,9 +703,9 @@ def evaluate(model, data, augment, args):
 # ==== 7 · Commands: pretrain and finetune =========================================================
 #
 # Both make labelled images, a network and an augmentation, and train. In fine-tuning the images are
-# real, the weights come from a checkpoint, the classifier on top (the head) is new, since the
-# classes are new, and accuracy is measured on test images. Defaults differ too (section F): the
-# optimizer is SGD, for example.
+# real, the weights come from a checkpoint (all but the classifier on top, the head: the classes are
+# new), and accuracy is measured on test images. Up-down flips go, boxes are erased half as often,
+# and defaults differ (section F): the optimizer is SGD, for example.
 
 IMAGENET = dict(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
 
@@ -718,7 +719,7 @@ def make_model(args, classes):
 
 
 def make_augment(args, classes, **more):
-    """The augmentation that the flags of Table 9 ask for, and what differs between the commands."""
+    """The augmentation that the switches of Table 9, 0 or 1, ask for; more: what a command adds."""
     return Augment(
         args.img_size, classes, args.crop, args.aspect, (args.min_crop, 1), randaug=args.randaug,
         jitter=0.4 * args.jitter, mixup=0.8 * args.mixup, cutmix=1.0 * args.cutmix,
@@ -742,7 +743,7 @@ def finetune(args, layers=None):
     data, tests, classes = downstream_data(args)  # section C
     model = make_model(args, classes)
     if args.ckpt and not args.resume:
-        load_weights(model, args.ckpt)
+        load_weights(model, args.ckpt)  # all but the head: D
     if layers:  # `probe`, section E
         model = Probe(model, layers, classes)
     augment = make_augment(args, classes, flip=(args.flip / 2, 0), erase=args.erase / 4, **IMAGENET)
@@ -752,7 +753,7 @@ def finetune(args, layers=None):
 
 # ################# END OF PART ONE: this is the whole method. PART TWO: the rest ##################
 
-# ==== A · RandAugment and colour jitter (for the recipes `paper` and `small`) =====================
+# ==== A · RandAugment and colour jitter (for `Augment`, section 5) ================================
 # To copy this section: with 5
 #
 # Of the fifteen operations six change each pixel for itself, four blend with a degenerate image,
@@ -1281,7 +1282,7 @@ def accelerate(model, args):
     return network
 
 
-# Settings that may differ when a run is resumed.
+# Settings that may differ when a run is resumed. (The run's precision stays.)
 FREE = "out root device resume save_every log_every precision rank lead".split()
 
 
@@ -1477,7 +1478,7 @@ def render(args):
 #
 # Three defaults in round brackets belong to the recipes: nano, two CPU cores and minutes; small,
 # one GPU and minutes; paper, its numbers. In square brackets they belong to pretrain, finetune,
-# probe; None there: the command has no such flag.
+# probe; None there: the command has no such flag. A kind is a list of choices, bool, or a type.
 
 def number(kind, low, high=10 ** 9):
     """An argparse type: a number in [low, high]."""
@@ -1494,7 +1495,7 @@ any_seed, positive, on, off = whole(0, 2 ** 62), real(1e-9), True, False
 FLAGS = [  # commands, heading ("one of": exclusive), flags: name, default, kind, help
     (f"{TRAIN} render", "general",
      ("recipe", RECIPES, RECIPES, "defaults; without: nano, on a GPU small"),
-     ("seed", 0, any_seed, "of everything but --fractal-seed"),
+     ("seed", 0, any_seed, "of all but --fractal-seed and subsets"),
      ("device", "auto", ("auto", "cuda", "cpu"), "where it runs"),
      ("out", None, str, "folder to write to; None: runs/COMMAND"),
      ("root", "data", str, "folder of images")),
@@ -1536,7 +1537,7 @@ FLAGS = [  # commands, heading ("one of": exclusive), flags: name, default, kind
      ("holdout", 0.0, real(0, 0.9), "share of the training images to test on"),
      ("eval_epochs", 5.0, positive, "epochs between tests"),
      ("layers", [None, None, [1, 2, 3, 4, 6]], whole(1), "blocks that are kept")),
-    (TRAIN, "optimisation (literal numbers)",
+    (TRAIN, "optimisation",
      ("steps", [(7000, 20_000, 240_000), None, None], whole(1), "length of pre-training"),
      ("epochs", [None, (8, 100, 1000), (4, 30, 36)], positive, "over the training images"),
      ("batch_size", [(64, 512, 256), (64, 256, 768), 256], whole(1), "on all ranks together"),

@@ -10,6 +10,7 @@ import ast
 import base64
 import contextlib
 import functools
+import hashlib
 import inspect
 import io
 import json
@@ -36,6 +37,7 @@ import faults
 import logistic
 import speed
 import tables
+import weights
 
 SCRIPT = Path(op.__file__)
 DEVICE = os.environ.get("ONEPFRAC_DEVICE", "cpu")
@@ -1379,7 +1381,9 @@ def test_what_is_not_finite_stops_the_run_and_is_not_saved(tmp_path, monkeypatch
     saved = torch.load(tmp_path / "last.pt", weights_only=True)
     assert saved["step"] == 2 and all(t.isfinite().all() for t in saved["model"].values())
     monkeypatch.undo()
+    torch.save(saved | {"seconds": 1000.0}, tmp_path / "last.pt")
     assert op.main([*flags, "--resume"]) == 0
+    assert 1000 <= read_log(tmp_path)[-1]["seconds"] < 1100                     # the clock goes on as well
 
 
 def test_an_older_or_a_foreign_run_is_named(tmp_path, capsys):
@@ -1924,8 +1928,22 @@ def test_import_does_nothing():
     assert done.returncode == 0 and not done.stdout + done.stderr
 
 
+# ------------------------------------------------------------------------------------ shipped weights
+
+def test_the_shipped_weights_know_the_classes_as_recorded():
+    """One number holds fractal, renderer, augmentation and network together: 10,000 new crops of the 64 classes."""
+    folder = SCRIPT.parent / "results"
+    digest, name = (folder / "nano.sha256").read_text().split()
+    assert hashlib.sha256((folder / name).read_bytes()).hexdigest() == digest
+    record = json.loads((folder / "nano.args.json").read_text())
+    omega = json.loads((folder / "nano.omega.json").read_text())
+    assert torch.tensor(omega["base"]).equal(op.base_ifs(2, 3.5, record["fractal_seed"]))
+    found = weights.pretext_accuracy(folder / name, record, 10_000, seed=2)
+    assert record["pretext_top1"] > 80 and found == pytest.approx(record["pretext_top1"], abs=1)
+
+
 # ------------------------------------------------------------------------------- scripts in results/
-@pytest.mark.parametrize("name, count", dict(kills=6, stops=2, disk=8, checkpoints=64, images=44).items())
+@pytest.mark.parametrize("name, count", dict(kills=6, stops=2, disk=8, checkpoints=40, images=44).items())
 def test_faults_lose_nothing_and_leave_no_traceback(name, count):
     """A few of each; results/faults.py tries many."""
     done = subprocess.run(
