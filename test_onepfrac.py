@@ -688,6 +688,11 @@ def test_a_step_is_autograd_s_gradient_clipped_and_taken_by_the_optimizer():
         assert (p - (q - 0.3 * 1.9 * q.grad * 0.1 / norm)).abs().max() < 1e-6 and p.grad is None
 
 
+def test_layer_norms_have_timm_s_epsilon():
+    norms = [m for m in op.ViT(16, 8, 5, 32, 2, 2).modules() if isinstance(m, nn.LayerNorm)]
+    assert len(norms) == 5 and {norm.eps for norm in norms} == {1e-6}
+
+
 def test_evaluation_is_the_accuracy_on_the_plain_images():
     torch.manual_seed(0)
     model, labels = op.ViT(16, 8, 10, 16, 1, 2, drop_path=0.5), torch.randint(10, (1203,))
