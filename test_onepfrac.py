@@ -1466,7 +1466,7 @@ if status == 0:
 sys.exit(status)
 """
 PAIR = ["pretrain", "--L", "8", "--batch-size", "32", "--canvas", "32", "--points", "1000", "--log-every", "10",
-        "--save-every", "10", "--warmup", "0.1", *TINY]
+        "--save-every", "10", "--warmup", "0.1", "--no-jitter", *TINY]
 
 
 def torchrun(folder, *arguments, **environment):
