@@ -1,0 +1,69 @@
+"""Do the tests see planted faults? Each of MUTANTS puts one fault into onepfrac.py; the tests should
+fail. Run in a worktree of its own: python mutants.py [FOLDER]. About 20 x 2 minutes on a core.
+"""
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+SLOW = ("not speed and not test_faults and not reproduce and not shortened and not test_the_file")
+MUTANTS = [  # name, text of onepfrac.py (once in it), text with the fault
+    ("sigma_weights", "(s[..., 0] + 2 * s[..., 1]).sum(-1)", "(2 * s[..., 0] + s[..., 1]).sum(-1)"),
+    ("no_mirrors", "uniform(-1, 1, 2, num_maps, 2).sign()", "uniform(0, 1, 2, num_maps, 2).sign()"),
+    ("orbits_rounded_down", "M = -(-points // ORBIT) + PLACES", "M = points // ORBIT + PLACES"),
+    ("raster_floor", ".mul_(scale[..., None]).round_()", ".mul_(scale[..., None]).floor_()"),
+    ("texture_by_group", "torch.empty(-(-size * pixels // 64)",
+     "torch.empty(-(-len(group) * pixels // 64)"),
+    ("half_multiplicative", "maps * (1 + 2 * delta * unit)", "maps * (1 + delta * unit)"),
+    ("labels_cycle", "labels = torch.arange(args.categories).repeat_interleave(args.instances)",
+     "labels = torch.arange(args.categories).repeat(args.instances)"),
+    ("drop_path_unscaled", ".bernoulli_(keep) / keep", ".bernoulli_(keep)"),
+    ("norm_eps", "self.norm = nn.LayerNorm(dim, eps=1e-6)", "self.norm = nn.LayerNorm(dim)"),
+    ("crop_never_last", "* (size - length + 1)).floor()", "* (size - length)).floor()"),
+    ("erase_area", "(0.02, 1 / 3), (0.3, 1 / 0.3)", "(0.02, 0.4), (0.3, 1 / 0.3)"),
+    ("cutmix_share", "lam = 1 - box[0, 0].numel() / S ** 2", "lam = float(lam)"),
+    ("op_never_last", "torch.randint(len(OPS), (B,)", "torch.randint(len(OPS) - 1, (B,)"),
+    ("solarize_at", "torch.where(x < 256 - (256 * level)", "torch.where(x <= 256 - (256 * level)"),
+    ("pos_embed_decays", 'key in ("cls_token", "pos_embed")', 'key in ("cls_token",)'),
+    ("stays_in_eval", "model.train()\n    return 100 *", "pass\n    return 100 *"),
+    ("resume_total", 'self.total.copy_(saved["total"])', "pass"),
+    ("resume_seconds", 'int(saved["step"]), float(saved["seconds"])', 'int(saved["step"]), 0.0'),
+    ("subset_unseeded", "order, parts = torch.randperm(len(labels), generator=seeded(0)), []",
+     "order, parts = torch.randperm(len(labels)), []"),
+    ("paper_warmup", "(0.02, 0.05, 6.25e-5)", "(0.02, 0.05, 6.25e-4)"),
+]
+
+
+def run_tests(folder, select=SLOW, limit=600):
+    """-> (the first test that fails, "" if none, None after `limit` seconds), seconds."""
+    began, command = time.time(), [sys.executable, "-m", "pytest", "-x", "-q", "-p",
+                                   "no:cacheprovider", "-k", select]
+    try:
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=limit,
+                              env=os.environ | dict(OMP_NUM_THREADS="1"))
+    except subprocess.TimeoutExpired:
+        return None, time.time() - began
+    failed = re.findall(r"^(?:FAILED|ERROR) (?:\S+?::)?(.*?)(?: - .*)?$", done.stdout, re.M)
+    return "".join(failed[:1]) or "?" * (done.returncode != 0), time.time() - began
+
+
+def plant(folder, old, new, select=SLOW):
+    """Run the tests with one fault in onepfrac.py, and take it out again."""
+    file = Path(folder, "onepfrac.py")
+    whole = file.read_text()
+    assert whole.count(old) == 1, f"{whole.count(old)} times: {old}"
+    try:
+        file.write_text(whole.replace(old, new))
+        return run_tests(folder, select)
+    finally:
+        file.write_text(whole)
+
+
+if __name__ == "__main__":
+    folder = sys.argv[1] if len(sys.argv) > 1 else "."
+    assert run_tests(folder)[0] == "", "the tests fail without a fault"
+    for name, old, new in MUTANTS:
+        failed, seconds = plant(folder, old, new)
+        print(f"{name:20} {failed or 'SURVIVED'}  {seconds:.0f} s", flush=True)
