@@ -5,10 +5,8 @@
     python results/tables.py --collect          # keep what the run folders say in results/records.jsonl
     python results/tables.py                    # print all tables, write results/tables/RECIPE.md and RECIPE.png
 
-The measured numbers come from the run folders under --runs and from results/records.jsonl. results/runs.jsonl holds
-older records, of commit 807172b and before. Those commits draw an orbit before it has forgotten the origin, so the
-two kinds are never mixed: a table shows the old records, and says so, until one of its rows is measured anew. Then
-the whole old table moves to results/tables/old_RECIPE.md.
+The measured numbers come from the run folders under --runs and from results/records.jsonl. Tables of older commits,
+with other pictures and settings, lie in results/old/ as they were.
 """
 import argparse
 import contextlib
@@ -22,12 +20,11 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 import onepfrac as op
 
-OLD = "commit 807172b and before"
 # What a result does not depend on.
 BESIDE = {*op.FREE, "ckpt", "world", "eval_epochs", "commit", "torch", "threads", "processor"}
-# How long the tables' runs are: flags by command. (The rows at nano were measured before it had colour jitter.)
-LENGTH = {"nano": dict(pretrain="--steps 2000 --no-jitter", finetune="--train-per-class 250 --epochs 3",
-                       probe="--train-per-class 250", logistic="--train-per-class 250"),
+# How long the tables' runs are: flags by command.
+LENGTH = {"nano": dict(pretrain="--steps 5000", **dict.fromkeys(("finetune", "probe", "logistic"),
+                                                               "--train-per-class 250")),
           "small": {}, "paper": {}}
 
 
@@ -66,6 +63,16 @@ def tables(recipe):
                 top1 if all(on) else None,
                 " ".join(f"--no-{n}" if o else f"--{n}" for n, o in zip(names, on)), "finetune")
 
+    def longer():                               # each length has a schedule of its own
+        lengths = sorted({2 * usual["steps"] // 5, usual["steps"], settings(f"pretrain --recipe {recipe}")["steps"]})
+        return tuned(*(
+            (f"{label}, {steps * usual['batch_size']:,} images", None,
+             f"{flags} --steps {steps}" if steps != usual["steps"] else flags)
+            for label, flags in (
+                (f"Delta 0.1, L = {usual['L']:,}", ""), *((f"Delta {d}", f"--delta {d}") for d in (0.05, 0.2, 1.0)),
+                *((f"L = {n:,}", f"--L {n}") for n in (16, 256, 1000)), ("OFDB", few), ("FractalDB", many))
+            for steps in lengths))
+
     def probes(command, label, flags, top1=(None,) * 5):
         return [(f"{label}, k = {k}", paper, flags, f"{command} --layers {k}")
                 for k, paper in zip((1, 2, 3, 4, 6), top1)]
@@ -102,6 +109,7 @@ def tables(recipe):
             ("OFDB w/ Aug.", 85.3, f"{few} --fresh-texture"), ("1p-frac w/ Aug.", 84.7, "--fresh-texture"))),
         "fractals": ("which fractal, --fractal-seed (not in the paper)", 1,
                      sweep("fractal-seed", dict.fromkeys((32, 0, 1, 2, 3, 4)))),
+        "length": ("how long pre-training is (not in the paper)", 1, longer()),
         "fig3": ("linear probes of the first k blocks", 1, [
             *probes("probe", "1p-frac", "", (11.7, 15.5, 14.4, 13.8, 17.7)),
             *probes("probe", "random weights", None)]),
@@ -168,18 +176,19 @@ def of_folders(runs):
         end = folder / ("log.jsonl" if args["command"] == "logistic" else "curve.png")
         if args["command"] == "pretrain" or not end.exists():
             continue
-        last, ckpt, before = read_run(folder)[1][-1], HERE.parent / (args["ckpt"] or ""), None
+        last, ckpt, before, own = read_run(folder)[1][-1], HERE.parent / (args["ckpt"] or ""), None, None
         if args["ckpt"]:
             before = dict(recipe=None, weights=args["ckpt"])        # somebody else's
             if (ckpt.parent / "args.json").exists():
                 before, log = read_run(ckpt.parent)
                 before = decisive(before) | dict(steps=log[-1]["step"])
+                own = log[-1].get("top1")
                 last |= {k: last[k] + log[-1][k] for k in ("images", "seconds")}
         only = {} if args["command"] == "finetune" else {"layers": [int(folder.name.removeprefix("layer"))]}
         yield dict(command=args["command"], recipe=args["recipe"], seed=args["seed"], commit=args["commit"],
                    device=f"{args['device']} ({args['processor']}, {args['threads']} threads)",
                    **{k: last[k] for k in ("images", "seconds", "test_top1")},
-                   settings=decisive(args) | only, pretrain=before)
+                   settings=decisive(args) | only, pretrain=before, pretext_top1=own)
 
 
 def read_records(path):
@@ -193,41 +202,32 @@ def collect(runs):
     path.write_text("".join(line + "\n" for line in lines))
 
 
-def old_records():
-    """The records of results/runs.jsonl, with today's names for what they hold."""
-    for record in read_records(HERE / "runs.jsonl"):
-        for part in filter(None, (record["settings"], record["pretrain"])):
-            part["min_crop"] = part["crop_scale"][0]
-            if part.get("classifier") == "lbfgs":
-                part["command"] = "logistic"
-        yield record | dict(settings=decisive(record["settings"]),
-                            pretrain=record["pretrain"] and decisive(record["pretrain"]))
-
-
-def page(recipe, title, shown):
-    """Markdown of tables, shown: {name: (title, seeds, rows, found)}."""
+def page(recipe, shown):
+    """Markdown of tables, shown: {name: (title, seeds, rows, found)}. Pretext: the accuracy of pre-training itself."""
     used = [record for *_, found in shown.values() for row in found for record in row.values()]
     each = {key: ", ".join(sorted({str((r | r["settings"])[key]) for r in used})) or "none yet"
             for key in ("device", "commit", "data")}
     length = " · ".join(f"{command}: {LENGTH[recipe].get(command) or 'as the recipe'}"
                         for command in ("pretrain", "finetune", "probe"))
-    lines = [f"# The paper's tables at `{recipe}`{title}", "",
+    lines = [f"# The paper's tables at `{recipe}`", "",
              "Top-1 on CIFAR-100's test set in percent after the last epoch, the mean and (standard deviation over "
-             "seeds).", "", f"{length}  ",
+             "seeds). Pretext: top-1 of the pre-training's own task on its last crops, the mean over seeds.", "", f"{length}  ",
              f"data: {each['data']} · device: {each['device']} · commit: {each['commit']}", ""]
     for name, (title, seeds, rows, found) in shown.items():
-        lines += [f"## {name}: {title}", "", "| | paper | here | seeds |", "|---|---|---|---|"]
+        lines += [f"## {name}: {title}", "", "| | paper | here | seeds | pretext |", "|---|---|---|---|---|"]
         for row, records in zip(rows, found):
             values = [r["test_top1"] for r in records.values()]
             here = f"{statistics.mean(values):.2f}" if values else "not run"
             here += f" ({statistics.stdev(values):.2f})" if len(values) > 1 else ""
             count = f"{len(values)} of {seeds}" if len(values) < seeds else len(values)
-            lines.append(f"| {row[0]} | {'-' if row[1] is None else row[1]} | {here} | {count} |")
+            own = [r["pretext_top1"] for r in records.values() if r["pretext_top1"] is not None]
+            own = f"{statistics.mean(own):.0f}%" if own else "-"
+            lines.append(f"| {row[0]} | {'-' if row[1] is None else row[1]} | {here} | {count} | {own} |")
         lines.append("")
     return "\n".join(lines)
 
 
-def draw(path, recipe, shown, old):
+def draw(path, recipe, shown):
     """Accuracy over Delta, sigma and L, and of the probes over k: ours above, the paper's below. Small dots are
     single seeds."""
     from matplotlib.figure import Figure
@@ -264,9 +264,41 @@ def draw(path, recipe, shown, old):
         theirs.set_xticks(ticks, [f"{x:g}" for x in ticks], rotation=45)
         theirs.minorticks_off()
         theirs.set_xlabel(label)
-        here.set_title(" and ".join(names) + f"\n({OLD})" * any(name in old for name in names), size=10)
+        here.set_title(" and ".join(names), size=10)
     axes[0, 0].set_ylabel(f"top-1 (%) here, at {recipe}")
     axes[1, 0].set_ylabel("top-1 (%) in the paper")
+    figure.savefig(path, dpi=120)
+
+
+def draw_lengths(path, recipe, shown):
+    """Accuracy over the images of pre-training, a line for each kind of it, and over the accuracy of its own task."""
+    from matplotlib.figure import Figure
+    figure = Figure(figsize=(13, 5), layout="constrained")
+    left, right = figure.subplots(1, 2, sharey=True)
+    lines = {}
+    for row, records in zip(*shown["length"][2:]):
+        kind, _, images = row[0].removesuffix(" images").rpartition(", ")
+        if records:
+            each = [(r["test_top1"], r["pretext_top1"]) for r in records.values()]
+            lines.setdefault(kind, []).append((int(images.replace(",", "")), *map(statistics.mean, zip(*each))))
+    labels = []
+    for k, (kind, points) in enumerate(lines.items()):
+        images, top1, pretext = zip(*points)
+        for axis, x in ((left, images), (right, pretext)):
+            axis.plot(x, top1, f"C{k}o-", lw=1.2, ms=4)
+        labels.append((top1[-1], kind, f"C{k}", images[-1]))
+    scratch = [r["test_top1"] for r in shown["table2"][3][0].values()]
+    if scratch:
+        for axis in (left, right):
+            axis.axhline(statistics.mean(scratch), color="0.5", lw=1)
+        labels.append((statistics.mean(scratch), "from scratch", "0.4", None))
+    low, high = left.get_ylim()
+    place = low
+    for top1, kind, color, _ in sorted(labels):                 # from below, none over another
+        place = max(top1, place + (high - low) / 22)
+        left.annotate(kind, (1.02, place), xycoords=left.get_yaxis_transform(), color=color, va="center", size=9)
+    left.set(xscale="log", xlabel="images seen in pre-training", ylabel=f"top-1 (%) of CIFAR-100, at {recipe}")
+    right.set(xlabel="top-1 (%) of the pre-training's own task")
     figure.savefig(path, dpi=120)
 
 
@@ -284,38 +316,33 @@ def main(argv=None):
             parser.error(f"NAME {name}: there are {', '.join(known)}")
     if args.collect:
         collect(args.runs)
-    records, before = ([r for r in found if r["recipe"] == args.recipe] for found in (
-        [*read_records(HERE / "records.jsonl"), *of_folders(args.runs)], old_records()))
-
-    plan, shown, moved, not_yet = {}, {}, {}, set()     # moved: old tables that are measured anew
+    records = [r for r in [*read_records(HERE / "records.jsonl"), *of_folders(args.runs)]
+               if r["recipe"] == args.recipe]
+    plan, shown = {}, {}
     for name in args.names or known:
         title, seeds, rows = known[name]
-        found, old = (measured(args.recipe, rows, those) for those in (records, before))
+        found = measured(args.recipe, rows, records)
         for row, there in zip(rows, found):
             for seed in set(range(seeds)) - set(there):
                 plan |= dict.fromkeys(planned(args.recipe, row, seed, args.runs)[:2])
         shown[name] = title, seeds, rows, found
-        if any(old):
-            (moved if any(found) else shown)[name] = f"{title} (old: {OLD})", seeds, rows, old
-            not_yet |= set() if any(found) else {name}
     plan.pop(None, None)                        # the first command from scratch
     if args.plan:
         print(*plan, sep="\n")
         missing = sum(not line.startswith("pretrain") for line in plan)
-        about = records or before
-        minutes = missing * statistics.mean(r["seconds"] for r in about) / 60 if about else 0
-        print(f"{missing} runs to do" + f", about {minutes:.0f} minutes by the records" * bool(about),
+        minutes = missing * statistics.mean(r["seconds"] for r in records) / 60 if records else 0
+        print(f"{missing} runs to do" + f", about {minutes:.0f} minutes by the records" * bool(records),
               file=sys.stderr)
         return
-    text = page(args.recipe, "", shown)
+    text = page(args.recipe, shown)
     print(text)
     if not args.names:
         out = HERE / "tables"
         out.mkdir(exist_ok=True)
         (out / f"{args.recipe}.md").write_text(text)
-        if moved:
-            (out / f"old_{args.recipe}.md").write_text(page(args.recipe, f", {OLD}", moved))
-        draw(out / f"{args.recipe}.png", args.recipe, shown, not_yet)
+        draw(out / f"{args.recipe}.png", args.recipe, shown)
+        if any(shown["length"][3]):
+            draw_lengths(out / f"{args.recipe}_length.png", args.recipe, shown)
 
 
 if __name__ == "__main__":
