@@ -770,7 +770,7 @@ def image_folder(tmp_path_factory):
     return root
 
 
-TINY = ["--device", "cpu", "--recipe", "nano", "--img-size", "16", "--precision", "fp32"]
+TINY = ["--device", "cpu", "--recipe", "nano", "--img-size", "16", "--patch-size", "4", "--precision", "fp32"]
 
 
 def run(*arguments, cwd=None):
@@ -1841,7 +1841,7 @@ def usual_weights(tmp_path_factory):
 @pytest.mark.parametrize("flags", [
     "--lr 0.1", "--weight-decay 0.3", "--warmup 0.5", "--optimizer sgd", "--clip-grad 0.01", "--randaug",
     "--no-crop", "--no-aspect", "--erase", "--mixup", "--cutmix", "--flip", "--no-jitter", "--smoothing 0.2",
-    "--min-crop 0.5", "--drop-path 0.5", "--model vit_tiny", "--patch-size 8", "--img-size 24",
+    "--min-crop 0.5", "--drop-path 0.5", "--model vit_tiny", "--patch-size 4", "--img-size 24",
     "--precision bf16", "--steps 2"])
 def test_flags_of_training_leave_the_picture_alone_and_change_the_training(flags, usual, usual_weights, tmp_path):
     args, batches = pictures(f"{SMALL} {flags}")
