@@ -23,7 +23,7 @@ import onepfrac as op
 # What a result does not depend on.
 BESIDE = {*op.FREE, "ckpt", "world", "eval_epochs", "commit", "torch", "threads", "processor"}
 # How long the tables' runs are: flags by command.
-LENGTH = {"nano": dict(pretrain="--steps 4000", finetune="--train-per-class 250 --epochs 3",
+LENGTH = {"nano": dict(pretrain="--steps 5000", finetune="--train-per-class 250 --epochs 3",
                        probe="--train-per-class 250", logistic="--train-per-class 250"),
           "small": {}, "paper": {}}
 
