@@ -178,7 +178,7 @@ def of_folders(runs):
             continue
         last, ckpt, before, own = read_run(folder)[1][-1], HERE.parent / (args["ckpt"] or ""), None, None
         if args["ckpt"]:
-            before = dict(recipe=None, weights=args["ckpt"])        # somebody else's
+            before = dict(recipe=None, weights=ckpt.name)           # somebody else's
             if (ckpt.parent / "args.json").exists():
                 before, log = read_run(ckpt.parent)
                 before = decisive(before) | dict(steps=log[-1]["step"])

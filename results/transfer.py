@@ -16,6 +16,7 @@ from matplotlib import pyplot as plt
 
 HERE = Path(__file__).parent
 KEPT = HERE / "transfer"
+ARMS = {"fractal": "from one fractal", "mimetic": "mimetic initialisation", "scratch": "from scratch"}
 
 
 def collect(runs):
@@ -48,8 +49,10 @@ def main():
     print("\n| CIFAR-100 test set | seeds 0, 1, 2 | top-1, mean (standard deviation) | best epoch |\n|---|---|---|---|")
     figure, axis = plt.subplots(figsize=(6.5, 4), layout="constrained")
     means = {}
-    for k, (arm, label) in enumerate((("fractal", "from one fractal"), ("scratch", "from scratch"))):
+    for k, (arm, label) in enumerate(ARMS.items()):
         runs = read(f"from-{arm}-*.jsonl")
+        if not runs:
+            continue
         last = [tests[-1] for _, tests, _ in runs.values()]
         top1 = [r["test_top1"] for r in last]
         means[arm] = statistics.mean(top1)
