@@ -2023,6 +2023,11 @@ def test_mimetic_weights_have_the_products_of_the_paper():
     for product, alpha, beta in ((query.T @ key, 0.7, 0.7), (value.T @ model.blocks[1].attn.proj.weight.T, 0.4, -0.4)):
         z = (product - beta * torch.eye(128)) / alpha * 128 ** 0.5
         assert abs(z.mean()) < 0.05 and 0.97 < z.std() < 1.03
+    attention = mimetic.mimetic(op.ViT(32, 8, 10, 128, 2, 2)).blocks[0].attn        # a head has half of the ranks
+    query, key, _ = attention.qkv.weight.detach().view(3, 2, 64, 128)
+    heads = query.transpose(1, 2) @ key
+    assert (torch.linalg.matrix_rank(heads) == 64).all() and not heads[0].allclose(heads[1], atol=0.1)
+    assert (heads.diagonal(dim1=1, dim2=2).mean(1) > 0.3).all()
     near = F.normalize(model.pos_embed[0, 1:].detach(), dim=1) @ F.normalize(model.pos_embed[0, 1:].detach(), dim=1).T
     assert near.view(4, 4, 4, 4)[1, 1, 1, 2] > near.view(4, 4, 4, 4)[1, 1, 3, 3]       # neighbours are alike
 

@@ -3,8 +3,9 @@
 Mimetic initialisation (Trockman & Kolter 2023, arXiv 2305.09828) gives the self-attention of an untrained network
 what that of trained ones has in common: tokens look at similar tokens (the product of query and key weights is near
 the identity), and take away from themselves what they see (the product of value and output weights is near minus the
-identity). Position embeddings are sinusoids. `finetune --ckpt OUT.pt` starts from the result, so it can be compared
-with pre-training: is the fractal more than a better initialisation?
+identity). Position embeddings are sinusoids, but for the cls token's. `finetune --ckpt OUT.pt` starts from the
+result, so it can be compared with pre-training: is the fractal more than a better initialisation? For other weights,
+give both commands another --seed.
 """
 import sys
 from pathlib import Path
@@ -22,7 +23,7 @@ def factors(alpha, beta, dim):
 
 
 def sinusoids(side, dim):
-    """Positions of side x side patches, as in MAE or the original ViT's baselines -> (side * side, dim)."""
+    """Positions of side x side patches, as in MAE -> (side * side, dim)."""
     angle = torch.arange(side)[:, None] / 10_000 ** (torch.arange(dim // 4) / (dim // 4))      # (side, dim / 4)
     row = torch.cat([angle.sin(), angle.cos()], 1)
     return torch.cat([row.repeat_interleave(side, 0), row.repeat(side, 1)], 1)
@@ -48,6 +49,8 @@ def mimetic(model):
 
 
 def main():
+    if not sys.argv[1:] or sys.argv[1].startswith("-"):
+        sys.exit(__doc__)
     path, *flags = sys.argv[1:]
     args = op.parse(["finetune", *flags])
     model = op.make_model(args, 100)                            # seeds torch's generator

@@ -1,8 +1,8 @@
 """The transfer experiment's table and figure: python results/transfer.py [RUNS]
 
 With RUNS (the folder that `bash reproduce.sh transfer` fills), first copies each run's arguments and log from it to
-results/transfer/NAME.jsonl, the arguments as the first line. Then prints the table that README holds, in Markdown,
-and draws results/transfer.png, both from results/transfer/ alone.
+results/transfer/NAME.jsonl, the arguments as the first line. Then prints the tables of results/README.md on it, in
+Markdown, and draws results/transfer.png, both from results/transfer/ alone.
 """
 import json
 import statistics
@@ -22,8 +22,9 @@ ARMS = {"fractal": "from one fractal", "mimetic": "mimetic initialisation", "scr
 def collect(runs):
     KEPT.mkdir(exist_ok=True)
     for run in sorted(p.parent for p in runs.glob("*/last.pt")):
-        arguments = {k: v for k, v in json.loads((run / "args.json").read_text()).items()
-                     if k not in ("root", "out", "ckpt")}
+        arguments = {k: v for k, v in json.loads((run / "args.json").read_text()).items() if k not in ("root", "out")}
+        if arguments.get("ckpt"):
+            arguments["ckpt"] = "/".join(Path(arguments["ckpt"]).parts[-2:])       # such as fractal-0/last.pt
         (KEPT / f"{run.name}.jsonl").write_text(json.dumps(arguments) + "\n" + (run / "log.jsonl").read_text())
 
 
