@@ -231,11 +231,15 @@ def draw(path, recipe, shown):
     """Accuracy over Delta, sigma and L, and of the probes over k: ours above, the paper's below. Small dots are
     single seeds."""
     from matplotlib.figure import Figure
-    figure = Figure(figsize=(13, 6), layout="constrained")
-    axes = figure.subplots(2, 4, sharex="col")
     scratch = [r["test_top1"] for r in shown["table2"][3][0].values()]
     panels = {"$\\Delta$": ("table5",), "$\\sigma$": ("table6",), "$L$": ("table7",),
               "first $k$ blocks, frozen": ("fig3", "logistic")}
+    panels = {label: names for label, names in panels.items()
+              if sum(map(bool, sum((shown[name][3] for name in names), []))) > 1}
+    if not panels:
+        return
+    figure = Figure(figsize=(1 + 3 * len(panels), 6), layout="constrained")
+    axes = figure.subplots(2, len(panels), sharex="col", squeeze=False)
     for (here, theirs), (label, names) in zip(axes.T, panels.items()):
         lines = {}
         for name in names:
@@ -250,7 +254,7 @@ def draw(path, recipe, shown):
             for axis, color, curve in ((here, f"C{k}", ours), (theirs, "0.4", paper)):
                 if curve:
                     axis.plot(*zip(*curve), color=color, marker="o")
-                    axis.annotate(line, curve[-1], (8, 0), textcoords="offset points", color=color, va="center")
+                    axis.annotate(line, curve[-1], (9, 0), textcoords="offset points", color=color, va="center")
             here.scatter([x for x, _, values in points for _ in values],
                          [y for *_, values in points for y in values], color=f"C{k}", s=6)
         if scratch and "fig3" not in names:
@@ -263,6 +267,7 @@ def draw(path, recipe, shown):
         ticks = [x for x, *_ in points]
         theirs.set_xticks(ticks, [f"{x:g}" for x in ticks], rotation=45)
         theirs.minorticks_off()
+        theirs.margins(x=0.2)
         theirs.set_xlabel(label)
         here.set_title(" and ".join(names), size=10)
     axes[0, 0].set_ylabel(f"top-1 (%) here, at {recipe}")
@@ -297,7 +302,11 @@ def draw_lengths(path, recipe, shown):
     for top1, kind, color, _ in sorted(labels):                 # from below, none over another
         place = max(top1, place + (high - low) / 22)
         left.annotate(kind, (1.02, place), xycoords=left.get_yaxis_transform(), color=color, va="center", size=9)
-    left.set(xscale="log", xlabel="images seen in pre-training", ylabel=f"top-1 (%) of CIFAR-100, at {recipe}")
+    seen = sorted({n for points in lines.values() for n, *_ in points})
+    left.set_xscale("log")
+    left.set_xticks(seen, [f"{n:,}" for n in seen])
+    left.minorticks_off()
+    left.set(xlabel="images seen in pre-training", ylabel=f"top-1 (%) of CIFAR-100, at {recipe}")
     right.set(xlabel="top-1 (%) of the pre-training's own task")
     figure.savefig(path, dpi=120)
 
@@ -334,7 +343,10 @@ def main(argv=None):
         print(f"{missing} runs to do" + f", about {minutes:.0f} minutes by the records" * bool(records),
               file=sys.stderr)
         return
-    text = page(args.recipe, shown)
+    some = shown if args.names else {name: table for name, table in shown.items() if sum(map(bool, table[3])) > 1}
+    text = page(args.recipe, some)
+    if len(some) < len(shown):
+        text += f"Not measured at this setting yet: {', '.join(name for name in shown if name not in some)}.\n"
     print(text)
     if not args.names:
         out = HERE / "tables"
