@@ -238,7 +238,7 @@ def draw(path, recipe, shown):
               if sum(map(bool, sum((shown[name][3] for name in names), []))) > 1}
     if not panels:
         return
-    figure = Figure(figsize=(1 + 3 * len(panels), 6), layout="constrained")
+    figure = Figure(figsize=(2 + 3 * len(panels), 6), layout="constrained")
     axes = figure.subplots(2, len(panels), sharex="col", squeeze=False)
     for (here, theirs), (label, names) in zip(axes.T, panels.items()):
         lines = {}
@@ -254,7 +254,7 @@ def draw(path, recipe, shown):
             for axis, color, curve in ((here, f"C{k}", ours), (theirs, "0.4", paper)):
                 if curve:
                     axis.plot(*zip(*curve), color=color, marker="o")
-                    axis.annotate(line, curve[-1], (9, 0), textcoords="offset points", color=color, va="center")
+                    axis.annotate(line, curve[-1], (14, 0), textcoords="offset points", color=color, va="center")
             here.scatter([x for x, _, values in points for _ in values],
                          [y for *_, values in points for y in values], color=f"C{k}", s=6)
         if scratch and "fig3" not in names:
@@ -267,7 +267,6 @@ def draw(path, recipe, shown):
         ticks = [x for x, *_ in points]
         theirs.set_xticks(ticks, [f"{x:g}" for x in ticks], rotation=45)
         theirs.minorticks_off()
-        theirs.margins(x=0.2)
         theirs.set_xlabel(label)
         here.set_title(" and ".join(names), size=10)
     axes[0, 0].set_ylabel(f"top-1 (%) here, at {recipe}")
