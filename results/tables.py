@@ -211,7 +211,8 @@ def page(recipe, shown):
                         for command in ("pretrain", "finetune", "probe"))
     lines = [f"# The paper's tables at `{recipe}`", "",
              "Top-1 on CIFAR-100's test set in percent after the last epoch, the mean and (standard deviation over "
-             "seeds). Pretext: top-1 of the pre-training's own task on its last crops, the mean over seeds.", "", f"{length}  ",
+             "seeds). Pretext: top-1 of the pre-training's own task on its last crops, the mean over seeds.", "",
+             f"{length}  ",
              f"data: {each['data']} · device: {each['device']} · commit: {each['commit']}", ""]
     for name, (title, seeds, rows, found) in shown.items():
         lines += [f"## {name}: {title}", "", "| | paper | here | seeds | pretext |", "|---|---|---|---|---|"]
@@ -290,15 +291,15 @@ def draw_lengths(path, recipe, shown):
         images, top1, pretext = zip(*points)
         for axis, x in ((left, images), (right, pretext)):
             axis.plot(x, top1, f"C{k}o-", lw=1.2, ms=4)
-        labels.append((top1[-1], kind, f"C{k}", images[-1]))
+        labels.append((top1[-1], kind, f"C{k}"))
     scratch = [r["test_top1"] for r in shown["table2"][3][0].values()]
     if scratch:
         for axis in (left, right):
             axis.axhline(statistics.mean(scratch), color="0.5", lw=1)
-        labels.append((statistics.mean(scratch), "from scratch", "0.4", None))
+        labels.append((statistics.mean(scratch), "from scratch", "0.4"))
     low, high = left.get_ylim()
     place = low
-    for top1, kind, color, _ in sorted(labels):                 # from below, none over another
+    for top1, kind, color in sorted(labels):                 # from below, none over another
         place = max(top1, place + (high - low) / 22)
         left.annotate(kind, (1.02, place), xycoords=left.get_yaxis_transform(), color=color, va="center", size=9)
     seen = sorted({n for points in lines.values() for n, *_ in points})
