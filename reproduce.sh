@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# What README reports, run again: bash reproduce.sh [nano|small|paper] [transfer|all|NAME ...]
+# What README reports, run again: bash reproduce.sh [nano|small|paper] [transfer|controls|all|NAME ...]
 #
 #   bash reproduce.sh                    # transfer at nano: the fractal against training from scratch
+#   bash reproduce.sh controls           # after it: other starts, more images, more epochs (results/transfer.py)
 #   bash reproduce.sh table5 fig3        # tables of the paper, by the names of `python results/tables.py -h`
 #   bash reproduce.sh small all          # all of them on a GPU
 #   DATA="--data folder --root DIR" bash reproduce.sh ...    # other data than torchvision's CIFAR-100
@@ -65,10 +66,45 @@ transfer() {
     tail -qn 1 runs/from-*/log.jsonl
 }
 
+# What else could explain the gain? Attention that is set by hand; a head start that more images and more epochs make up
+# for; real images that would have done as well (the even classes of a folder, tested on the odd ones).
+controls() {
+    for seed in $seeds; do
+        "$python" results/mimetic.py "runs/mimetic-$seed.pt" --recipe "$recipe" --seed "$seed"
+        once finetune "runs/from-mimetic-$seed" --recipe "$recipe" --ckpt "runs/mimetic-$seed.pt" $data $subset \
+            --seed "$seed"
+    done
+    for epochs in 8 30; do
+        once finetune "runs/all-$epochs-fractal-0" --recipe "$recipe" --ckpt runs/fractal-0/last.pt $data \
+            --epochs "$epochs"
+        once finetune "runs/all-$epochs-scratch-0" --recipe "$recipe" $data --epochs "$epochs"
+    done
+    local root=${data##*--root } split class half n short odd
+    [ -d "$root/train" ] || { echo "halves of the classes: only with DATA='--data folder --root DIR'"; return; }
+    for split in train test; do
+        n=0
+        mkdir -p runs/half/{even,odd}/$split
+        for class in "$root/$split"/*; do
+            if [ $((n++ % 2)) = 0 ]; then half=even; else half=odd; fi
+            ln -sfn "$(realpath "$class")" "runs/half/$half/$split/$(basename "$class")"
+        done
+    done
+    for seed in $seeds; do
+        short="--recipe $recipe --seed $seed --steps 5000"
+        odd="--recipe $recipe --seed $seed --data folder --root runs/half/odd $subset"
+        once pretrain "runs/real-$seed" $short --source folder --root runs/half/even/train
+        once pretrain "runs/short-$seed" $short
+        once finetune "runs/half-real-$seed" $odd --ckpt "runs/real-$seed/last.pt"
+        once finetune "runs/half-fractal-$seed" $odd --ckpt "runs/short-$seed/last.pt"
+        once finetune "runs/half-scratch-$seed" $odd
+    done
+}
+
 recipe=nano
 case ${1:-} in nano | small | paper) recipe=$1; shift ;; esac
 case ${1:-transfer} in
     transfer) transfer ;;
+    controls) controls ;;
     all) tables ;;
     *) tables "$@" ;;
 esac

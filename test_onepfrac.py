@@ -2157,6 +2157,26 @@ exit 0
     assert reproduce("table99").returncode == 2
 
 
+def test_reproduce_gives_each_half_of_the_classes_its_own_folder(tmp_path):
+    (tmp_path / "reproduce.sh").write_text((SCRIPT.parent / "reproduce.sh").read_text())
+    (tmp_path / "fake.sh").write_text("#!/bin/bash\necho \"$@\" >> commands.txt\n")
+    os.chmod(tmp_path / "fake.sh", 0o755)
+    for path in ("train/b c", "train/a", "train/d", "test/b c", "test/a", "test/d"):
+        (tmp_path / "data" / path).mkdir(parents=True)
+    subprocess.run(["bash", "reproduce.sh", "controls"], cwd=tmp_path, check=True, timeout=60, env={
+        **os.environ, "PYTHON": "./fake.sh", "DATA": "--data folder --root data"})
+    for half, classes in (("even", ["a", "d"]), ("odd", ["b c"])):
+        for split in ("train", "test"):
+            links = sorted((tmp_path / "runs" / "half" / half / split).iterdir())
+            assert [link.resolve() for link in links] == [tmp_path / "data" / split / name for name in classes]
+    commands = (tmp_path / "commands.txt").read_text().splitlines()
+    trained = [c for c in commands if "pretrain --out runs/real" in c]
+    tested = [c for c in commands if "finetune --out runs/half-real" in c]
+    assert len(trained) == len(tested) == 3
+    assert all("--root runs/half/even/train" in c for c in trained)
+    assert all("--root runs/half/odd " in c and "--ckpt runs/real" in c for c in tested)
+
+
 def test_speed_sets_every_part_beside_a_limit():
     flags = ("--device cpu --recipe nano --precision fp32 --img-size 16 --steps 2 --log-every 1 --batch-size 8 "
              "--canvas 32 --points 500 --L 4")

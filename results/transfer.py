@@ -1,8 +1,8 @@
-"""The transfer experiment's table and figure: python results/transfer.py [RUNS]
+"""Tables and figure of the transfer experiment and of its controls: python results/transfer.py [RUNS]
 
-With RUNS (the folder that `bash reproduce.sh transfer` fills), first copies each run's arguments and log from it to
-results/transfer/NAME.jsonl, the arguments as the first line. Then prints the tables of results/README.md on it, in
-Markdown, and draws results/transfer.png, both from results/transfer/ alone.
+With RUNS (the folder that `bash reproduce.sh transfer controls` fills), first copies each run's arguments and log from
+it to results/transfer/NAME.jsonl, the arguments as the first line. Then prints the tables of results/README.md on it,
+in Markdown, and draws results/transfer.png, both from results/transfer/ alone.
 """
 import json
 import statistics
@@ -17,6 +17,9 @@ from matplotlib import pyplot as plt
 HERE = Path(__file__).parent
 KEPT = HERE / "transfer"
 ARMS = {"fractal": "from one fractal", "mimetic": "mimetic initialisation", "scratch": "from scratch"}
+CONTROLS = {"all-8": "all 50,000 images, 8 epochs", "all-30": "all 50,000 images, 30 epochs",
+            "half": "the odd classes, 250 images of each, 8 epochs"}
+STARTS = {"real": "from the even classes", "fractal": "from one fractal", "scratch": "from scratch"}
 
 
 def collect(runs):
@@ -67,9 +70,18 @@ def main():
                       va="center")
     print(f"| difference | | **{means['fractal'] - means['scratch']:+.2f}** | |")
     axis.set(xlabel="CIFAR-100 images seen in fine-tuning (thousands)", ylabel="top-1 on the test set (%)",
-             title="Fine-tuning at `nano`, three seeds each")
+             title="Fine-tuning with recipe nano, three seeds each")
     axis.grid(alpha=0.3)
     figure.savefig(HERE / "transfer.png", dpi=130)
+
+    print("\n| fine-tuning on | start | seeds | top-1, mean (standard deviation) |\n|---|---|---|---|")
+    for name, what in CONTROLS.items():
+        for start, label in STARTS.items():
+            top1 = [tests[-1]["test_top1"] for _, tests, _ in read(f"{name}-{start}-*.jsonl").values()]
+            if top1:
+                spread = f" ({statistics.stdev(top1):.2f})" if len(top1) > 1 else ""
+                print(f"| {what} | {label} | {', '.join(f'{t:.2f}' for t in top1)} | "
+                      f"**{statistics.mean(top1):.2f}**{spread} |")
 
     print("\n| pre-training | images | last loss (ln 64 = 4.16) | pretext top-1 |\n|---|---|---|---|")
     for name, (_, _, log) in read("fractal-*.jsonl").items():
