@@ -73,6 +73,9 @@ controls() {
         "$python" results/mimetic.py "runs/mimetic-$seed.pt" --recipe "$recipe" --seed "$seed"
         once finetune "runs/from-mimetic-$seed" --recipe "$recipe" --ckpt "runs/mimetic-$seed.pt" $data $subset \
             --seed "$seed"
+        once finetune "runs/few-fractal-$seed" --recipe "$recipe" --ckpt "runs/fractal-$seed/last.pt" $data \
+            --train-per-class 25 --seed "$seed"
+        once finetune "runs/few-scratch-$seed" --recipe "$recipe" $data --train-per-class 25 --seed "$seed"
     done
     for epochs in 8 30; do
         once finetune "runs/all-$epochs-fractal-0" --recipe "$recipe" --ckpt runs/fractal-0/last.pt $data \

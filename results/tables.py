@@ -269,7 +269,7 @@ def draw(path, recipe, shown):
         theirs.set_xticks(ticks, [f"{x:g}" for x in ticks], rotation=45)
         theirs.minorticks_off()
         theirs.set_xlabel(label)
-        here.set_title(" and ".join(names), size=10)
+        here.set_title(f"{names[0]}: {shown[names[0]][0]}", size=10)
     axes[0, 0].set_ylabel(f"top-1 (%) here, at {recipe}")
     axes[1, 0].set_ylabel("top-1 (%) in the paper")
     figure.savefig(path, dpi=120)

@@ -17,8 +17,8 @@ from matplotlib import pyplot as plt
 HERE = Path(__file__).parent
 KEPT = HERE / "transfer"
 ARMS = {"fractal": "from one fractal", "mimetic": "mimetic initialisation", "scratch": "from scratch"}
-CONTROLS = {"all-8": "all 50,000 images, 8 epochs", "all-30": "all 50,000 images, 30 epochs",
-            "half": "the odd classes, 250 images of each, 8 epochs"}
+CONTROLS = {"few": "25 images a class, 8 epochs", "all-8": "all 50,000 images, 8 epochs",
+            "all-30": "all 50,000 images, 30 epochs", "half": "the odd classes, 250 images of each, 8 epochs"}
 STARTS = {"real": "from the even classes", "fractal": "from one fractal", "scratch": "from scratch"}
 
 
