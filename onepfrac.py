@@ -241,7 +241,7 @@ def render_ifs(maps, size=512, points=100_000, texture="random", generator=None,
         orbits = chaos_game(maps[first:first + group], table, offsets).flatten(2)
         for cloud, out in zip(orbits.split(part, 1), images[first:first + group].split(part)):
             low, high = cloud.amin(2), cloud.amax(2)  # each image is stretched to its own box
-            clip = not (high - low).isfinite().all()  # an orbit ran away beyond all numbers
+            clip = not (high - low).isfinite().all()  # an orbit ran away
             hits = rasterize(cloud, size, low, high, clip)
             out.copy_(hits) if texture == "point" else dilate(hits, out=out)
     if texture == "random":
@@ -264,9 +264,9 @@ def render_ifs(maps, size=512, points=100_000, texture="random", generator=None,
 # from random crops: telling L whole images apart is easy and teaches little, while telling crops
 # apart takes features that hold at every place and scale.
 #
-# A fixed random texture does give a class away, as a pattern of dots of its own would: its coin
-# flips differ from image to image and never change. The paper uses one, and recipe small as well;
-# `--fresh-texture` flips new coins at each step. Whole stamps (recipe nano) have no texture.
+# A fixed random texture gives a class away: its coin flips differ from image to image and never
+# change. The paper uses one, and recipe small as well. New coins at each step: `--fresh-texture`,
+# and images that do not fit into KEEP_BYTES. Whole stamps (recipe nano) have no texture.
 #
 # FractalDB and OFDB, older datasets of fractals, are the same program at other settings: they have
 # many fractals ("categories"), and the label is the category. FractalDB has 1,000 images of each,
@@ -305,7 +305,7 @@ class Data:
         self.labels, self.draw, self.device = labels.to(device), draw, device
         self.numbers, self.images = numbers, None
         first = draw(torch.arange(1))
-        self.group = max(1, min(500, 2 ** 25 // first.numel()))  # images that are drawn at once
+        self.group = max(1, min(500, 2 ** 25 // first.numel()))  # drawn at once
         if len(labels) * first.numel() <= KEEP_BYTES:
             self.images = first.new_empty(len(labels), *first.shape[1:])
             for i in torch.arange(len(labels)).split(self.group):
@@ -358,7 +358,7 @@ def fractal_data(args):
     generator = seeded(args.seed, "eps")
     propose = functools.partial(perturb, base, args.delta, 128, generator, args.noise)
     share = 0.1 if args.texture in ("random", "fresh") else 0.05
-    maps = first_filled(args.L, propose, draw, share, f"--delta {args.delta}")
+    maps = first_filled(args.L, propose, draw, share, f"--delta {args.delta}, --points")
     return Data(torch.arange(args.L), lambda i: draw(maps[i].to(args.device)), args.device,
                 args.texture, base=base, eps=maps - base)
 
@@ -560,7 +560,7 @@ class Augment:
         flip = (torch.rand(2, B) < torch.tensor(self.flip[::-1])[:, None]) & random  # rows, columns
         boxes = torch.stack([start + flip * length, torch.where(flip, -length, length)], 1)
         [boxes] = send(x.device, boxes)  # (2, 2, B)
-        for start, length in boxes:  # of the rows, of the columns
+        for start, length in boxes:  # rows, columns
             x = resample_rows(x, start, length, self.img_size).transpose(2, 3)
         return x.contiguous().clamp_(0, 255).round_()
 
@@ -1252,6 +1252,7 @@ def open_run(args):
         out.mkdir(parents=True, exist_ok=True)
 
 
+@blaming("WORLD_SIZE: start it by torchrun")
 def join_ranks(args):
     """Read torchrun's environment. With several ranks, meet the others (nccl, or gloo)."""
     args.rank, args.world = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1)))
@@ -1277,7 +1278,7 @@ def accelerate(model, args):
             predict(compiled, torch.zeros(shape, device=args.device), args).sum().backward()
             network = compiled
         except Exception as error:  # no Triton, no C compiler
-            print("onepfrac: not compiled:", *str(error).splitlines()[:1], file=sys.stderr)
+            print("onepfrac: not compiled:", *str(error).splitlines()[:2], file=sys.stderr)
         model.zero_grad()
     return network
 
@@ -1453,9 +1454,9 @@ def probe(args):
     out, resume, depth = Path(args.out), args.resume, MODELS[args.model][1]
     if max(args.layers) > depth or args.batch_size == 1:
         raise InputError(f"--layers: at most {depth}; --batch-size: at least 2")
-    for k in args.layers:
+    for k in sorted(set(args.layers)):
         args.out = str(out / f"layer{k}")
-        args.resume = resume and (out / f"layer{k}" / "last.pt").exists()
+        args.resume = resume and (k == min(args.layers) or Path(args.out, "last.pt").exists())
         finetune(args, layers=k)
 
 
@@ -1524,7 +1525,7 @@ FLAGS = [  # commands, heading ("one of": exclusive), flags: name, default, kind
      ("points", (20_000, 100_000, 100_000), whole(1), "of the chaos game, for an image")),
     (DRAW, "the texture (random masks, whole 3x3 stamps, single pixels): one of",
      ("texture", ("fill", "random", "random"), ("random", "fill", "point"), "of the dots"),
-     ("fresh_texture", off, bool, 'new random masks each step (Table 13, "w/ Aug.")')),
+     ("fresh_texture", off, bool, 'new masks each step (Table 13, "w/ Aug.")')),
     (TRAIN, "network",
      ("model", ("vit_nano", "vit_tiny", "vit_tiny"), tuple(MODELS), "Vision Transformer"),
      ("img_size", (32, 32, 224), whole(1), "pixels a side, as the network sees"),
@@ -1630,18 +1631,17 @@ def main(argv=None):
     try:
         args = parse(argv)
         COMMANDS[args.command](args)
+        if args.world > 1:  # after an error others may wait
+            torch.distributed.destroy_process_group()
         return 0
     except InputError as error:
         reason = str(error)
     except torch.OutOfMemoryError:
-        reason = "--batch-size: the GPU's memory is full; lower it"
+        reason = "--batch-size, --canvas: the GPU is full; lower one"
     except OSError as error:  # a full disk, no permission
         reason = f"--out or --root: {error}"
     except KeyboardInterrupt:  # before the run, or a second Ctrl-C
         return 130
-    finally:
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
     print(f"onepfrac: {reason}", file=sys.stderr)
     return 2
 

@@ -1607,13 +1607,13 @@ def test_probe_sees_the_first_blocks_only_and_trains_the_head_only():
 
 def test_probe_classifies_stripes(pretrained, image_folder, tmp_path):
     assert op.main(["probe", "--ckpt", str(pretrained[0] / "last.pt"), "--data", "folder", "--root", str(image_folder),
-                    "--layers", "1", "2", "--epochs", "40", "--batch-size", "16", *TINY, "--out", str(tmp_path / "p")]) == 0
+                    "--layers", "2", "1", "2", "--epochs", "40", "--batch-size", "16", *TINY, "--out", str(tmp_path / "p")]) == 0
     donor = torch.load(pretrained[0] / "last.pt", weights_only=True)["model"]
     for k in (1, 2):
         folder = tmp_path / "p" / f"layer{k}"
         assert read_log(folder)[-1]["test_top1"] >= 70
         args = json.loads((folder / "args.json").read_text())
-        assert args["command"] == "probe" and args["layers"] == [1, 2] and args["patch_size"] == 4
+        assert args["command"] == "probe" and args["layers"] == [2, 1, 2] and args["patch_size"] == 4
         weights = torch.load(folder / "last.pt", weights_only=True)["model"]
         assert all((weights[f"frozen.{n}"] == t).all() for n, t in donor.items() if not n.startswith("head"))
 
@@ -1683,7 +1683,8 @@ SMALL = "--canvas 64 --points 1500 --L 16 --batch-size 16"
     ([*PRE, "--source", "image", "--warp", "elastic", "--noise", "multiplicative"], "--noise"),
     (["render", "--source", "folder"], "--source"),
     (["render", "--out", "{tmp}/unreadable"], "--out"), (["show"], "COMMAND"), (["probe", *FINE[1:], "--batch-size", "1"], "--batch-size"),
-    ([*PRE, "--instances", "3"], "--instances"),
+    (["probe", *FINE[1:], "--batch-size", "16", "--resume"], "--resume"), ([*PRE, "--instances", "3"], "--instances"),
+    ([*PRE, "--texture", "point", "--points", "300", "--L", "2"], "--points"),
     ([*PRE, "--fresh-texture", "--texture", "fill"], "--fresh-texture"),
     ([*PRE, "--source", "rcdb", "--fresh-texture"], "--fresh-texture"),
     ([*PRE, "--source", "folder", "--root", "{tmp}/nowhere"], "--root"),
@@ -1725,6 +1726,15 @@ def test_bad_input_gets_one_line_and_status_2(arguments, named, image_folder, tm
     assert status == 2 and named in captured.err
     assert captured.err.startswith("onepfrac: ") and captured.err.count("\n") == 1
     assert not (tmp_path / "run" / "last.pt").exists() and before <= set(tmp_path.rglob("*"))
+
+
+@pytest.mark.parametrize("world", ["2", "two"])
+def test_several_processes_without_torchrun_get_one_line(world, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", world)
+    monkeypatch.delenv("RANK", raising=False)
+    assert op.main(["pretrain", "--recipe", "nano", "--device", "cpu", "--out", str(tmp_path / "run")]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "torchrun" in error and not (tmp_path / "run").exists()
 
 
 def test_every_default_of_every_recipe_is_a_value_that_its_flag_takes():
