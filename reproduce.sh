@@ -82,7 +82,7 @@ controls() {
             --epochs "$epochs"
         once finetune "runs/all-$epochs-scratch-0" --recipe "$recipe" $data --epochs "$epochs"
     done
-    local root=${data##*--root } split class half n short odd
+    local root=${data##*--root } split class half n short odd start
     [ -d "$root/train" ] || { echo "halves of the classes: only with DATA='--data folder --root DIR'"; return; }
     for split in train test; do
         n=0
@@ -96,9 +96,11 @@ controls() {
         short="--recipe $recipe --seed $seed --steps 5000"
         odd="--recipe $recipe --seed $seed --data folder --root runs/half/odd $subset"
         once pretrain "runs/real-$seed" $short --source folder --root runs/half/even/train
+        once pretrain "runs/mild-$seed" $short --source folder --root runs/half/even/train --min-crop 0.4
         once pretrain "runs/short-$seed" $short
-        once finetune "runs/half-real-$seed" $odd --ckpt "runs/real-$seed/last.pt"
-        once finetune "runs/half-fractal-$seed" $odd --ckpt "runs/short-$seed/last.pt"
+        for start in real mild short fractal; do
+            once finetune "runs/half-$start-$seed" $odd --ckpt "runs/$start-$seed/last.pt"
+        done
         once finetune "runs/half-scratch-$seed" $odd
     done
 }

@@ -19,7 +19,8 @@ KEPT = HERE / "transfer"
 ARMS = {"fractal": "from one fractal", "mimetic": "mimetic initialisation", "scratch": "from scratch"}
 CONTROLS = {"few": "25 images a class, 8 epochs", "all-8": "all 50,000 images, 8 epochs",
             "all-30": "all 50,000 images, 30 epochs", "half": "the odd classes, 250 images of each, 8 epochs"}
-STARTS = {"real": "from the even classes", "fractal": "from one fractal", "scratch": "from scratch"}
+STARTS = {"real": "from the even classes, 320,000 crops", "mild": "the same, crops from 0.4 of an image",
+          "short": "from one fractal, 320,000 crops", "fractal": "from one fractal", "scratch": "from scratch"}
 
 
 def collect(runs):
