@@ -2,7 +2,7 @@
 # What README reports, run again: bash reproduce.sh [nano|small|paper] [transfer|controls|all|NAME ...]
 #
 #   bash reproduce.sh                    # transfer at nano: the fractal against training from scratch
-#   bash reproduce.sh controls           # after it: other starts, more images, more epochs (results/transfer.py)
+#   bash reproduce.sh controls           # other starts, more images, more epochs (results/transfer.py)
 #   bash reproduce.sh table5 fig3        # tables of the paper, by the names of `python results/tables.py -h`
 #   bash reproduce.sh small all          # all of them on a GPU
 #   DATA="--data folder --root DIR" bash reproduce.sh ...    # other data than torchvision's CIFAR-100
@@ -48,10 +48,14 @@ best() {    # best ARM: the learning rate with the highest held-out accuracy
     done | sort -g | tail -n 1 | cut -d' ' -f2
 }
 
-transfer() {
+fractals() {
     for seed in $seeds; do
         once pretrain "runs/fractal-$seed" --recipe "$recipe" --delta 0.1 --sigma 3.5 --seed "$seed"
     done
+}
+
+transfer() {
+    fractals
     for lr in $rates; do
         once finetune "runs/choose-fractal-$lr" --recipe "$recipe" --ckpt runs/fractal-0/last.pt \
             $data $subset --holdout 0.2 --lr "$lr"
@@ -69,6 +73,7 @@ transfer() {
 # What else could explain the gain? Attention that is set by hand; a head start that more images and more epochs make up
 # for; real images that would have done as well (the even classes of a folder, tested on the odd ones).
 controls() {
+    fractals
     for seed in $seeds; do
         "$python" results/mimetic.py "runs/mimetic-$seed.pt" --recipe "$recipe" --seed "$seed"
         once finetune "runs/from-mimetic-$seed" --recipe "$recipe" --ckpt "runs/mimetic-$seed.pt" $data $subset \

@@ -1,8 +1,8 @@
 """Tables and figure of the transfer experiment and of its controls: python results/transfer.py [RUNS]
 
-With RUNS (the folder that `bash reproduce.sh transfer controls` fills), first copies each run's arguments and log from
-it to results/transfer/NAME.jsonl, the arguments as the first line. Then prints the tables of results/README.md on it,
-in Markdown, and draws results/transfer.png, both from results/transfer/ alone.
+With RUNS (the folder that `bash reproduce.sh transfer` and `controls` fill), first copies each run's arguments and log
+from it to results/transfer/NAME.jsonl, the arguments as the first line. Then prints the tables of results/README.md on
+it, in Markdown, and draws results/transfer.png, both from results/transfer/ alone.
 """
 import json
 import statistics
