@@ -472,6 +472,12 @@ def test_drop_path_drops_whole_samples_and_keeps_the_mean():
     assert rates == pytest.approx([0, 0.05, 0.1, 0.15, 0.2])
 
 
+@pytest.mark.parametrize("shape", [(39, 39), (16, 64), (64, 64)])       # the first two have as many patches
+def test_vit_refuses_images_of_another_size(shape):
+    with pytest.raises(ValueError, match="32 pixels"):
+        op.ViT(32, 8, 5, 16, 2, 2)(torch.zeros(1, 3, *shape))
+
+
 @pytest.mark.parametrize("img_size, patch_size, heads", [(30, 4, 3), (32, 4, 5)])
 def test_a_network_that_does_not_divide_is_refused(img_size, patch_size, heads):
     with pytest.raises(ValueError, match="divide"):
@@ -598,9 +604,10 @@ def test_everything_off_resizes_and_normalises():
     assert torch.equal(full.plain(image.to(DEVICE)).cpu(), x)
 
 
-def test_augmentation_refuses_images_that_are_not_square():
-    with pytest.raises(ValueError, match="square"):
-        op.Augment(32, 3)(torch.zeros(2, 3, 40, 48, dtype=torch.uint8), torch.tensor([0, 1]))
+@pytest.mark.parametrize("images", [torch.zeros(2, 3, 40, 48, dtype=torch.uint8), torch.rand(2, 3, 40, 40)])
+def test_augmentation_refuses_what_is_not_square_or_not_uint8(images):
+    with pytest.raises(ValueError, match="square uint8"):
+        op.Augment(32, 3)(images, torch.tensor([0, 1]))
 
 
 @pytest.mark.parametrize("channels", [1, 3])
@@ -1918,6 +1925,19 @@ for channels in (1, 3):
 """}
 
 
+def test_code_of_readme_runs_as_it_says(monkeypatch):
+    monkeypatch.chdir(SCRIPT.parent)
+    first, second = re.findall(r"```python\n(.*?)```", Path("README.md").read_text(), re.DOTALL)
+    names = {}
+    exec(first, names)
+    assert names["loss"].item() == pytest.approx(math.log(8), abs=1e-5) and names["x"].shape == (8, 3, 224, 224)
+    exec(second, names)
+    state = torch.load("results/nano.pt", weights_only=True)
+    assert torch.equal(names["model"].blocks[5].mlp.fc2.weight, state.get("model", state)["blocks.5.mlp.fc2.weight"])
+    drawn = op.fractal_data(resolved("pretrain", "--device", "cpu", "--recipe", "nano")).images
+    assert torch.equal(names["images"], drawn)
+
+
 def test_sections_can_be_copied_into_an_empty_file(tmp_path):
     """Each file runs with nothing but what it says; one process, since importing torch takes seconds."""
     for marks, exercise in COPIES.items():
@@ -2023,6 +2043,16 @@ def test_regularisation_is_chosen_without_the_test_set():
     right, wrong = (logistic.logistic_probe(lambda images: images.flatten(1).float(), data, those, 3)
                     for those in (tests, swapped))
     assert right["decay"] == wrong["decay"] and right["test_top1"] > 60 > wrong["test_top1"]
+
+
+def test_logistic_regression_leaves_a_record_for_the_tables(image_folder, tmp_path, capsys):
+    logistic.main(["--recipe", "nano", "--device", "cpu", "--data", "folder", "--root", str(image_folder),
+                   "--batch-size", "16", "--layers", "1", "6", "--out", str(tmp_path)])
+    first, last = tables.of_folders(tmp_path)
+    assert (first["command"], first["settings"]["layers"], last["settings"]["layers"]) == ("logistic", [1], [6])
+    assert [first["test_top1"], last["test_top1"]] == [
+        json.loads(line)["test_top1"] for line in capsys.readouterr().out.splitlines()]
+    assert first["test_top1"] > 80                              # stripes across or down, two classes
 
 
 def test_mimetic_weights_have_the_products_of_the_paper():

@@ -6,6 +6,7 @@ chooses the strength of the regularisation. Prints a line of JSON for each k of 
 folder OUT/layerK with args.json and log.jsonl, which tables.py reads.
 """
 import json
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -71,15 +72,22 @@ def main(argv):
     args = op.parse(["probe", *argv])
     args.command, out = "logistic", Path(args.out)
     data, tests, classes = op.downstream_data(args)
-    model = op.make_model(args, classes)
+    model = op.make_model(args, classes).to(args.device).eval()
     if args.ckpt:
         op.load_weights(model, args.ckpt)
     augment = op.make_augment(args, classes, flip=(0.5 * args.flip, 0.0), erase=0.0, **op.IMAGENET)
+    commit = subprocess.getoutput(f'git -C "{Path(__file__).parent}" describe --always --dirty 2>&-')
     for k in args.layers:
         args.out, began = str(out / f"layer{k}"), time.perf_counter()
         op.open_run(args)
-        probe = op.Probe(model, k, classes).to(args.device)
-        found = logistic_probe(lambda images: probe.features(augment.plain(images)), data, tests, classes)
+        op.write_json(Path(args.out) / "args.json", vars(args) | dict(
+            processor=torch.backends.cpu.get_cpu_capability(), threads=torch.get_num_threads(), commit=commit))
+
+        @torch.no_grad()
+        def features(images):                   # as `onepfrac.py probe` sees them: the mean of the patch tokens
+            return model.blocks[:k](model.embed(augment.plain(images)))[:, 1:].mean(1)
+
+        found = logistic_probe(features, data, tests, classes)
         found |= dict(images=len(data), seconds=round(time.perf_counter() - began, 1))
         op.write_json(Path(args.out) / "log.jsonl", found)
         print(json.dumps(dict(layer=k, **found)), flush=True)
