@@ -82,6 +82,11 @@ controls() {
             --train-per-class 25 --seed "$seed"
         once finetune "runs/few-scratch-$seed" --recipe "$recipe" $data --train-per-class 25 --seed "$seed"
     done
+    for lr in 0.1 0.2 0.4; do                       # is the recipe's rate the best with all images too?
+        once finetune "runs/choose8-fractal-$lr" --recipe "$recipe" --ckpt runs/fractal-0/last.pt $data \
+            --holdout 0.2 --lr "$lr"
+        once finetune "runs/choose8-scratch-$lr" --recipe "$recipe" $data --holdout 0.2 --lr "$lr"
+    done
     for epochs in 8 30; do
         once finetune "runs/all-$epochs-fractal-0" --recipe "$recipe" --ckpt runs/fractal-0/last.pt $data \
             --epochs "$epochs"
