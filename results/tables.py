@@ -211,8 +211,8 @@ def page(recipe, shown):
                         for command in ("pretrain", "finetune", "probe"))
     lines = [f"# The paper's tables at `{recipe}`", "",
              "Top-1 on CIFAR-100's test set in percent after the last epoch, the mean and (standard deviation over "
-             "seeds). Pretext: top-1 of the pre-training's own task on its last crops (mixed ones where it mixes), the mean "
-             "over seeds.", "",
+             "seeds). Pretext: top-1 of the pre-training's own task on its last crops (mixed ones where it mixes), the "
+             "mean over seeds.", "",
              "The paper's numbers are of its own setting: L = 1,000 (but Table 7), ViT-T, 224 pixels, far longer training.",
              "", f"{length}  ",
              f"data: {each['data']} · device: {each['device']} · commit: {each['commit']}", ""]
