@@ -205,12 +205,12 @@ def dilate(images):
 def render_ifs(maps, size=512, points=100_000, dilated=True, generator=None, probs=None):
     """Draw attractors: maps (B, N, 2, 3) -> grey images (B, size, size) uint8 on maps.device.
 
-    points: dots of an image, rounded up to whole orbits. dilated: a dot is a 3x3 square (`stamp`
-    gives it a texture), else a pixel. generator (CPU): of the maps that orbits pick, in all images
-    alike. probs (N,) or (B, N): of the maps, by default in proportion to the mean |det A| (so a
-    map with det A = 0 needs them). To draw in parts, give each the same probs and an equal
-    generator. A system without an attractor runs away and gives a nearly blank image. ValueError if
-    an argument does not fit.
+    points: dots of an image, rounded up to whole steps of all orbits. dilated: a dot is a 3x3
+    square (`stamp` gives it a texture), else a pixel. generator (CPU): of the maps that orbits
+    pick, in all images alike. probs (N,) or (B, N): of the maps, by default in proportion to the
+    mean |det A| (so a map with det A = 0 needs them). To draw in parts, give each the same probs
+    and an equal generator. A system without an attractor runs away and gives a nearly blank image.
+    ValueError if an argument does not fit.
     """
     if maps.ndim != 4 or maps.shape[2:] != (2, 3) or not len(maps) or not maps.isfinite().all():
         raise ValueError("need finite maps (B, N, 2, 3)")
@@ -359,7 +359,7 @@ def liep_data(base, draw_params, args, texture=None, least=0.0, background=0, **
         if tried > 1000 * (1 + len(kept)):
             what = f"cover {least:.0%} of the canvas" if least else "are not blank"
             raise InputError(f"--delta {args.delta}: only {len(kept)} of {tried} perturbed images "
-                             f"{what}; lower it, or draw more --points")
+                             f"{what}; lower it" + ", or draw more --points" * (least > 0))
     params = torch.stack(kept[:args.L])
 
     def draw(i):
@@ -1550,7 +1550,7 @@ def memory_for_images(device):
         free = torch.cuda.mem_get_info(device)[0]
     else:
         free = 2 ** 34  # where it is not told
-        with contextlib.suppress(OSError, AttributeError):
+        with contextlib.suppress(OSError, ValueError):
             [available] = re.findall(r"MemAvailable: *(\d+)", Path("/proc/meminfo").read_text())
             free = 1024 * int(available) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     return min(6 * 2 ** 30, free // 2)
@@ -1721,7 +1721,8 @@ class Muon(torch.optim.AdamW):
         for group in self.param_groups:
             shapes = {}
             for p in group["params"] if "muon_dtype" in group else ():
-                shapes.setdefault(p.shape, []).append(p)
+                if p.grad is not None:
+                    shapes.setdefault(p.shape, []).append(p)
             for matrices in shapes.values():
                 self.move(matrices, **group)
         super().step()  # passes over parameters without a gradient

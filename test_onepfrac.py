@@ -457,7 +457,7 @@ def test_vit_has_the_parameters_of_timm():
     names, layers = set(op.ViT().state_dict()), ("norm1", "attn.qkv", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2")
     of = lambda *layers: {f"{n}.{k}" for n in layers for k in ("weight", "bias")}
     assert {n for n in names if "blocks.11." in n} == of(*(f"blocks.11.{n}" for n in layers))
-    assert {n for n in names if "blocks" not in n} == of("patch_embed.proj", "norm", "head") | {"cls_token", "pos_embed"}
+    assert {n for n in names if "block" not in n} == {"cls_token", "pos_embed"} | of("patch_embed.proj", "norm", "head")
     for name, count in (("vit_tiny", 5_717_416), ("vit_small", 22_050_664), ("vit_base", 86_567_656)):
         with torch.device("meta"):
             model = op.ViT(224, 16, 1000, *op.MODELS[name])
@@ -669,19 +669,15 @@ def test_evaluation_is_the_accuracy_on_the_plain_images_of_all_ranks(monkeypatch
         assert model.training and got == pytest.approx(100 * right.double().mean().item(), abs=0.1) and got > 2
 
 
-class Enough(Exception):
-    pass
-
-
 @pytest.mark.parametrize("shape, texture, flags", [
     ((40, 40), "fresh", []), ((3, 40, 40), None, ["--no-randaug", "--no-mixup"]), ((1, 40, 40), None, ["--no-cutmix"])])
 def test_a_training_step_on_kept_images_never_waits_for_the_device(shape, texture, flags, monkeypatch, tmp_path):
-    """The loop on the meta device, which knows only shapes: whoever asks for a number, or mixes devices, is told so.
-    Or on a GPU: CUDA raises an error where the CPU would wait for it."""
+    """The loop on the meta device, which knows only shapes: whoever asks for a number, or mixes devices, is told so. On
+    a GPU: CUDA raises an error where the CPU would wait for it. So does the log after the last step."""
     args = resolved("pretrain", "--recipe", "paper", "--device", DEVICE, "--out", tmp_path, "--img-size", 16,
-                    "--patch-size", 8, "--model", "vit_nano", "--batch-size", 8, "--clip-grad", 1, "--optimizer", "muon",
-                    *flags)
-    samples, count, make = [], op.Run.count, op.make_optimizer
+                    "--patch-size", 8, "--model", "vit_nano", "--batch-size", 8, "--clip-grad", 1, "--optimizer",
+                    "muon", *flags)
+    samples, steps, count, make = [], [], op.Run.count, op.make_optimizer
 
     def make_unfused(model, args):                              # the fused AdamW has no meta
         twin = op.make_model(args, 10)
@@ -690,28 +686,27 @@ def test_a_training_step_on_kept_images_never_waits_for_the_device(shape, textur
             group.update(fused=False, params=[theirs[p] for p in group["params"]])
         return optimizer
 
-    def count_to_nine(run, *numbers):
+    def counted(run, *numbers):
         count(run, *numbers)
+        steps.append(run.step)
         if DEVICE != "cpu" and run.step == 3:                   # the first ones allocate
             torch.cuda.set_sync_debug_mode("error")
-        if run.step == 9:                                       # nothing is logged or saved before
-            raise Enough
     if DEVICE == "cpu":
         args.device, args.precision = "meta", "fp32"
         monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())       # has no meta
         monkeypatch.setattr(op, "make_optimizer", make_unfused)
-    monkeypatch.setattr(op.Run, "count", count_to_nine)
+    monkeypatch.setattr(op.Run, "count", counted)
     monkeypatch.setattr(op.Run, "save_samples", lambda *_: samples.append(0))     # once, at the first step
     monkeypatch.setattr(op, "accelerate", lambda model, args: model)
     draw = lambda i: torch.zeros(len(i), *shape, dtype=torch.uint8, device=args.device)
     data = op.Data(torch.arange(64) % 10, draw, args, texture)
     try:
-        with pytest.raises(Enough):
-            op.train(args, op.make_model(args, 10).to(args.device), data, op.make_augment(args, 10, erase=0.5), 1000)
+        with pytest.raises(RuntimeError, match="meta|CUDA"):
+            op.train(args, op.make_model(args, 10).to(args.device), data, op.make_augment(args, 10, erase=0.5), 6)
     finally:
         if DEVICE != "cpu":
             torch.cuda.set_sync_debug_mode("default")
-    assert samples == [0]
+    assert samples == [0] and steps == [*range(1, 7)]
 
 
 # ---------------------------------------------------------------------------------------- 7 commands
@@ -771,14 +766,16 @@ def test_fine_tuning_starts_from_the_weights_and_augments_photographs(handed, pr
         "std": ((0.5,) * 3, (0.229, 0.224, 0.225))}
 
 
-@pytest.mark.parametrize("switch, off", [
-    ("randaug", {"randaug": False, "jitter": 0.4}), ("crop", {"crop": False}), ("aspect", {"ratio": (1, 1)}),
-    ("erase", {"erase": 0}), ("mixup", {"mixup": 0}), ("cutmix", {"cutmix": 0}), ("flip", {"flip": (0, 0)}),
-    ("jitter", {"jitter": 0})])             # with RandAugment, jitter is ignored (as in timm); without, it is back
-def test_table_9_flag_switches_one_thing_off(switch, off, handed):
-    flags = ["pretrain", "--recipe", "paper", *["--no-randaug"] * (switch == "jitter")]
-    on, without = (vars(handed(*flags, *more)[2]) for more in ((), (f"--no-{switch}",)))
-    assert {k: v for k, v in without.items() if v != on[k]} == off
+@pytest.mark.parametrize("flag, change", [
+    ("--no-randaug", {"randaug": False, "jitter": 0.4}), ("--no-crop", {"crop": False}),
+    ("--no-aspect", {"ratio": (1, 1)}), ("--no-erase", {"erase": 0}), ("--no-mixup", {"mixup": 0}),
+    ("--no-cutmix", {"cutmix": 0}), ("--no-flip", {"flip": (0, 0)}), ("--min-crop=0.3", {"crop_scale": (0.3, 1)}),
+    ("--smoothing=0", {"smoothing": 0}), ("--no-jitter", {"jitter": 0})])
+def test_a_flag_of_the_augmentation_changes_one_thing(flag, change, handed):
+    # With RandAugment, jitter is ignored (as in timm). Without, it is back.
+    flags = ["pretrain", "--recipe", "paper", *["--no-randaug"] * ("jitter" in flag)]
+    usual, other = (vars(handed(*flags, *more)[2]) for more in ((), (flag,)))
+    assert {k: v for k, v in other.items() if v != usual[k]} == change
 
 
 # ========================================================================================== PART TWO
@@ -1113,6 +1110,79 @@ def test_sixteen_bits_and_other_modes_are_read_as_they_look(tmp_path):
                         ("LA", eight.convert("LA")), ("16", Image.fromarray(ramp))):
         image.save(tmp_path / f"{name}.png")
         assert (np.asarray(op.read_image(tmp_path / f"{name}.png")) == np.asarray(eight.convert("RGB"))).all(), name
+
+
+def test_deep_greys_transparency_and_turned_cameras_are_read_as_a_viewer_shows_them(tmp_path):
+    eight = np.linspace(0, 255, 64).reshape(8, 8)
+    for name, greys in (("12 bits.png", (eight / 255 * 4095).astype(np.uint16)), ("float.tif", (eight / 255).astype(np.float32)),
+                        ("int.tif", eight.astype(np.int32)), ("mask.tif", (eight > 99).astype(np.int32))):
+        Image.fromarray(greys).save(tmp_path / name)
+        want = eight if name != "mask.tif" else 255 * (eight > 99)
+        assert np.abs(np.asarray(op.read_image(tmp_path / name))[..., 1] - want).max() < 1.1, name
+    drawing = Image.new("RGBA", (8, 8), (0, 0, 0, 0))
+    drawing.paste((0, 0, 0, 255), (2, 2, 5, 5))                 # black on nothing
+    drawing.save(tmp_path / "drawing.png")
+    assert (np.asarray(op.read_image(tmp_path / "drawing.png"))[..., 0] == 255 * (np.asarray(drawing)[..., 3] == 0)).all()
+    tags = Image.Exif()
+    tags[274] = 6                                               # the camera was turned: show it turned to the right
+    Image.fromarray(eight.astype(np.uint8)).save(tmp_path / "turned.png", exif=tags)
+    assert (np.asarray(op.read_image(tmp_path / "turned.png"))[..., 0] == np.rot90(eight.astype(np.uint8), -1)).all()
+    for greys in (eight - 9, eight * 999, np.full((8, 8), np.nan)):
+        Image.fromarray(greys.astype(np.float32)).save(tmp_path / "wild.tif")
+        with pytest.raises(ValueError, match="greys from"):
+            op.read_image(tmp_path / "wild.tif")
+
+
+def test_a_folder_is_what_it_says_or_is_refused(image_folder, tmp_path, refused, capsys):
+    for words in (["--root", image_folder], ["--root", image_folder / "train" / "down"]):       # train/ and test/; no class
+        assert "--root" in refused("pretrain", "--source", "folder", *words, *TINY, "--out", tmp_path / "run")
+    root = stripes(tmp_path / "stripes")
+    (root / "train" / ".ipynb_checkpoints").mkdir()
+    (root / "train" / "down" / "notes.txt").write_text("x")
+    Image.new("RGB", (16, 16)).save(root / "train" / "down" / "x.gif")          # an ending that is not read
+    assert main("finetune", "--data", "folder", "--root", root, "--epochs", 0.1, "--batch-size", 8, *QUICK, "--out",
+                tmp_path / "run") == 0
+    assert re.search(r"^2 classes, 80 \+ 20 images, fingerprint [0-9a-f]{8} \(2 files left out", capsys.readouterr().out)
+
+
+def test_a_run_names_its_images_and_goes_on_only_with_them(tmp_path, refused, capsys):
+    root = stripes(tmp_path / "stripes")
+
+    def line(root, out):
+        assert main("finetune", "--data", "folder", "--root", root, "--epochs", 0.3, "--save-every", 1, "--batch-size", 8,
+                    *QUICK, "--out", tmp_path / out) == 0
+        return re.search("fingerprint .{8}", capsys.readouterr().out)[0]
+    first = line(root, "first")
+    assert json.loads((tmp_path / "first" / "args.json").read_text())["classes"] == ["across", "down"]
+    for path in sorted(root.rglob("*.png")):                    # other names, another order, another format
+        other = tmp_path / "copy" / path.relative_to(root).with_name(f"{zlib.crc32(str(path.name).encode())}.webp")
+        other.parent.mkdir(parents=True, exist_ok=True)
+        Image.open(path).convert("RGB").save(other, lossless=True)
+    assert line(tmp_path / "copy", "second") == first
+    Image.open(root / "train" / "down" / "3.png").point(lambda v: v // 2).save(root / "train" / "down" / "3.png")
+    assert line(root, "third") != first                         # a JPEG copy, say
+    assert "other images" in refused("resume", tmp_path / "first")
+    (root / "train" / "down").rename(root / "train" / "x")
+    (root / "train" / "across").rename(root / "train" / "down")
+    (root / "train" / "x").rename(root / "train" / "across")
+    assert "other images" in refused("resume", tmp_path / "third")
+
+
+def test_full_memory_gets_one_line_that_names_what_can_be_lowered(refused, tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory: you tried "
+                           "to allocate 8589934592 bytes. Error code 12 (Cannot allocate memory)")
+    monkeypatch.setattr(op, "liep_data", full)
+    error = refused("pretrain", *SMALL, *TINY, "--out", tmp_path / "run")
+    assert "--canvas" in error and "--batch-size" in error
+    with monkeypatch.context() as patch:
+        patch.setattr(op, "downstream_data", full)
+        error = refused("finetune", *TINY, "--out", tmp_path / "run")
+    assert "--canvas" not in error and "--batch-size" in error
+    monkeypatch.setattr(Path, "read_text", lambda path: "MemAvailable:    2048 kB\n")
+    assert op.memory_for_images("cpu") == 2 ** 20
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert op.memory_for_images("cpu") == 2 ** 18
 
 
 def test_linked_folders_are_followed_but_not_in_circles(image_folder, tmp_path):
@@ -1455,7 +1525,9 @@ def test_checkpoints_of_timm_and_of_the_authors_load(tmp_path):
     state = donor.state_dict()
     for content in (state, {"model": state, "epoch": 5}, {"state_dict": state},
                     {"model": state, "args": argparse.Namespace(model="vit_tiny")},
-                    {"model": {f"module.{k}": v for k, v in state.items()}}, {k: t.half() for k, t in state.items()}):
+                    {"model": {f"module.{k}": v for k, v in state.items()}}, {k: t.half() for k, t in state.items()},
+                    {f"module._orig_mod.{k}": v for k, v in state.items()}, {"model_state_dict": state},
+                    {"state_dict": {f"model.{k}": v for k, v in state.items()}}):
         torch.save(content, tmp_path / "weights.pt")
         same, other = op.ViT(32, 4, 1000, 96, 6, 3), op.ViT(16, 4, 10, 96, 6, 3)
         for model in (same, other):
@@ -1465,6 +1537,27 @@ def test_checkpoints_of_timm_and_of_the_authors_load(tmp_path):
         if content is state:
             assert torch.equal(same.pos_embed, donor.pos_embed) and torch.equal(same.cls_token, donor.cls_token)
         assert other.pos_embed.shape == (1, 17, 96)
+
+
+def test_a_file_of_something_else_is_told_by_its_name(tmp_path):
+    model, file = op.ViT(16, 8, 5, 16, 1, 2), tmp_path / "x.pt"
+    for write, told in (
+            (lambda: file.write_bytes(b""), "the file is empty"),
+            (lambda: file.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:1"), "git lfs pull"),
+            (lambda: file.write_text("hello"), "no file that torch.save wrote"),
+            (lambda: torch.save(model, file), r"Python object \(onepfrac.ViT\)"),
+            (lambda: torch.save(7, file), "one int"), (lambda: torch.save(torch.zeros(3), file), "one Tensor"),
+            (lambda: torch.save(nn.Linear(2, 2).state_dict(), file), "its keys: weight, bias")):
+        write()
+        with pytest.raises(op.InputError, match=told) as error:
+            op.load_weights(model, file)
+        assert "weights_only" not in str(error.value) and "\x1b" not in str(error.value) and len(str(error.value)) < 400
+    torch.serialization.set_crc32_options(False)                # a file without checksums is whole
+    try:
+        torch.save(model.state_dict(), file)
+    finally:
+        torch.serialization.set_crc32_options(True)
+    op.load_weights(model, file)
 
 
 def test_position_embeddings_follow_the_image_size(tmp_path):
@@ -1568,6 +1661,7 @@ def test_probe_sees_the_first_blocks_only_and_trains_the_head_only(kind):
     for p in (*model.blocks[2].parameters(), model.norm.weight):
         nn.init.normal_(p)
     assert torch.equal(probe(x), before)
+    assert [n for n, p in probe.named_parameters() if p.requires_grad] == ["head.weight", "head.bias"]
     old = {n: p.clone() for n, p in probe.named_parameters()}
     op.train_step(probe, op.make_optimizer(probe, settings(optimizer=kind)), x, torch.eye(10)[:5], 0.1, settings())
     assert {n for n, p in probe.named_parameters() if not torch.equal(p, old[n])} == {"head.weight", "head.bias"}
@@ -1694,7 +1788,8 @@ def test_a_flag_without_effect_is_refused_and_has_none(refused, image_folder, tm
             assert re.match(rf"onepfrac: {flag.split()[0].partition('=')[0]}: has no effect with.* leave it out$", error), error
         assert all(map(torch.equal, *map(images_and_network_input, (beside, f"{beside} {lines.replace(';', '')}")))), beside
     for command, beside, flag in (("finetune", "--probe 1", "--drop-path=0.1"), ("finetune", "--randaug", "--no-jitter"),
-                                  ("finetune", "--no-crop", "--aspect"), ("render", "--source rcdb", "--sigma=3")):
+                                  ("finetune", "--no-crop", "--aspect"), ("finetune", "--probe 1", "--optimizer=muon"),
+                                  ("render", "--source rcdb", "--sigma=3")):
         assert flag.partition("=")[0] in refused(command, *beside.split(), flag, "--device", "cpu", "--out", tmp_path / "x")
     assert not (tmp_path / "x").exists()
 
