@@ -175,22 +175,25 @@ def chaos_game(maps, j):
     return dots
 
 
-def rasterize(dots, size, low, high):
+def rasterize(dots, size, low, high, clip=True):
     """Dots (2, B, P) -> images (B, size, size) uint8, GREY where a dot lies, y upwards.
 
     The box from low to high (2, B) is stretched to fill the canvas but for a margin of 6 pixels in
-    512. So an image does not tell where a shape lies and how large it is. Dots outside, or not
-    finite, are not drawn.
+    512. So an image does not tell where a shape lies and how large it is. clip: leave out dots that
+    lie outside or are not finite; without, there may be none. The dots are overwritten.
     """
     margin = max(1, 6 * size // 512)
     last = size - 1 - 2 * margin
     scale = last / (high - low).clamp(min=1e-6)  # (2, B)
-    x, y = ((dots - low[..., None]) * scale[..., None]).round()
-    inside = (x >= 0) & (x <= last) & (y >= 0) & (y <= last)
-    cell = ((size - 1 - margin - y) * size + margin + x).long()  # exact below 2^24
-    cell = torch.where(inside, cell, size ** 2)  # one more cell, which is cut off
+    x, y = dots.sub_(low[..., None]).mul_(scale[..., None]).round_()
+    origin = (size - 1 - margin) * size + margin  # the cell where x = y = 0
+    cell = x.add(y, alpha=-size).add_(origin).long()  # floats are exact below 2^24
+    if clip:
+        inside = (x >= 0) & (x <= last) & (y >= 0) & (y <= last)
+        cell = torch.where(inside, cell, size ** 2)  # one more cell, which is cut off
     hits = torch.zeros(len(cell), size ** 2 + 1, dtype=torch.uint8, device=dots.device)
-    hits.scatter_(1, cell, GREY)
+    grey = hits.new_full((1, 1), GREY).expand(cell.shape)  # a number takes twice as long on a CPU
+    hits.scatter_(1, cell, grey)
     return hits[:, :-1].view(-1, size, size)
 
 
@@ -225,7 +228,9 @@ def render_ifs(maps, size=512, points=100_000, dilated=True, generator=None, pro
         some = slice(first, first + group)
         orbits = chaos_game(maps[some], j if j.ndim == 2 else j[..., some]).flatten(2)
         for dots, out in zip(orbits.split(part, 1), images[some].split(part)):
-            hits = rasterize(dots, size, dots.amin(2), dots.amax(2))
+            low, high = dots.amin(2), dots.amax(2)
+            runaway = not (high - low).isfinite().all()
+            hits = rasterize(dots, size, low, high, clip=runaway)
             out.copy_(dilate(hits) if dilated else hits)
     return images
 
@@ -241,8 +246,8 @@ def stamp(images, generator=None):
     words = -(-images[0].numel() // 64)
     draws = torch.empty(len(images), words, dtype=torch.int64, device=images.device)
     draws.random_(-2 ** 63, None, generator=generator)
-    bit = 2 ** torch.arange(8, dtype=torch.uint8, device=images.device)
-    coins = (draws.view(torch.uint8)[:, None] & bit[:, None]) != 0  # (B, 8, 8 words)
+    bit = torch.arange(8, dtype=torch.uint8, device=images.device)
+    coins = draws.view(torch.uint8)[:, None] >> bit[:, None] & 1  # (B, 8, 8 words)
     return images.mul_(coins.flatten(1)[:, :images[0].numel()].view_as(images))
 
 
@@ -332,9 +337,9 @@ class Data:
 
     def __getitem__(self, i):
         index = i.to(self.labels.device, non_blocking=True)
-        images = self.drawn(i) if self.images is None else self.images[index]
+        images = self.drawn(i) if self.images is None else self.images.index_select(0, index)
         if self.texture == "fresh":
-            images = stamp(images)  # in place, but indexing has made a copy
+            images = stamp(images)  # in place, but these are copies
         return images, self.labels[index]
 
 

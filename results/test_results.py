@@ -29,9 +29,9 @@ def seeded(seed=0):
 
 def test_faults_lose_nothing_and_leave_no_traceback():
     """A few of each; results/faults.py tries many."""
-    counts = dict(kills=5, stops=2, disk=5, checkpoints=32, images=33)
+    counts = dict(kills=4, stops=1, disk=4, checkpoints=24, images=22)
     code = f"import faults, json; print(json.dumps({{k: faults.study(k, n, 1) for k, n in {counts}.items()}}))"
-    done = subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True, timeout=300, env=ALONE)
+    done = subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True, env=ALONE)
     assert done.returncode == 0 and not done.stderr.strip(), done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
     stops = found.pop("stops")
@@ -154,8 +154,8 @@ def test_tables_read_run_folders_and_outlive_them(tmp_path, capsys, monkeypatch)
             ("f", "finetune", settings, dict(step=1, images=5, seconds=2.0, test_top1=33.0)),
             ("unfinished", "finetune", settings, dict(step=1, images=5, seconds=2.0, test_top1=44.0))):
         (tmp_path / name).mkdir()
-        args = dict(command=command, ckpt=str(tmp_path / "p/last.pt") if name == "f" else None, commit="abc", device="cpu",
-                    processor="x", threads=1)
+        args = dict(command=command, ckpt=str(tmp_path / "p/last.pt") if name == "f" else None, commit="abc",
+                    device="cpu", processor="x", threads=1)
         (tmp_path / name / "args.json").write_text(json.dumps(of_run | args))
         (tmp_path / name / "log.jsonl").write_text(json.dumps(log) + "\n")
         if name != "unfinished":
@@ -207,8 +207,10 @@ def test_every_row_of_every_table_is_a_command_at_every_recipe():
 
 def fake_python(folder, script):
     """A stand-in for Python that notes the commands, and an environment in which reproduce.sh uses it."""
-    (folder / "fake.sh").write_text(f'#!/bin/bash\nif [ "$1" = results/tables.py ]; then exec {sys.executable} "$@"; fi\n'
-                                    f'echo "$@" >> commands.txt\n{script}')
+    (folder / "fake.sh").write_text(f"""#!/bin/bash
+if [ "$1" = results/tables.py ] && [[ "$*" != *--collect* ]]; then exec {sys.executable} "$@"; fi
+echo "$@" >> commands.txt
+{script}""")
     os.chmod(folder / "fake.sh", 0o755)
     (folder / "reproduce.sh").write_text((HERE.parent / "reproduce.sh").read_text())
     return ALONE | {"PYTHON": f"{folder}/fake.sh"}, lambda: (folder / "commands.txt").read_text().splitlines()
@@ -227,7 +229,8 @@ mkdir -p $out; touch $out/last.pt
         record_of("nano", row, 0, 10.0) for row in tables.tables("nano")["table12"][2][1:]])
 
     def reproduce(*names):
-        return subprocess.run(["bash", "reproduce.sh", *names], cwd=tmp_path, capture_output=True, text=True, env=environment)
+        return subprocess.run(["bash", "reproduce.sh", *names], cwd=tmp_path, capture_output=True, text=True,
+                              env=environment)
     interrupted = reproduce("table12")                          # at its second command
     assert interrupted.returncode == 1 and "1 runs to do, about 2 minutes" in interrupted.stderr
     assert [c.split()[1] for c in commands()] == ["pretrain", "finetune"] and "canny" in commands()[0]
@@ -235,7 +238,7 @@ mkdir -p $out; touch $out/last.pt
     again = reproduce("nano", "table12")
     assert again.returncode == 0 and "| elastic | 37.0 | 10.00 | 1 |" in again.stdout
     outs = [c.split("--out ")[1].split()[0] for c in commands()[:2]]
-    assert commands()[2:] == [f"onepfrac.py resume {out}" for out in outs]
+    assert commands()[2:-1] == [f"onepfrac.py resume {out}" for out in outs] and "--collect" in commands()[-1]
 
 
 def test_reproduce_gives_each_half_of_the_classes_its_own_folder_by_commands_that_parse(tmp_path):
