@@ -16,8 +16,8 @@ data=${DATA:---data cifar100}
 
 once() {    # once COMMAND FOLDER FLAGS: run it, or resume the run in that folder
     local command=$1 out=$2; shift 2
-    if [ -f "$out/last.pt" ] || compgen -G "$out/layer*/last.pt" > /dev/null; then set -- "$@" --resume; fi
-    "$python" onepfrac.py "$command" --out "$out" "$@"
+    if [ -f "$out/last.pt" ]; then set -- resume "$out"; else set -- "$command" --out "$out" "$@"; fi
+    "$python" onepfrac.py "$@"
 }
 
 tables() {    # tables NAMES: run what is not measured yet
@@ -27,7 +27,7 @@ tables() {    # tables NAMES: run what is not measured yet
     while read -r command flags; do
         case $command in
             pretrain) once pretrain "${flags##*--out }" ${flags%--out *} ;;
-            finetune | probe) once "$command" "${flags##*--out }" ${flags%--out *} $data ;;
+            finetune) once finetune "${flags##*--out }" ${flags%--out *} $data ;;
             logistic) "$python" results/logistic.py $flags $data ;;
         esac
     done <<< "$plan"

@@ -1,7 +1,7 @@
 """What a run survives: python results/faults.py
 
 kills        kill -9 at random moments of a pre-training that saves at every second step, gone on with after each
-stops        SIGINT or SIGTERM at random moments, of pre-training and of fine-tuning, then --resume: the same bits?
+stops        SIGINT, SIGTERM or SIGHUP at random moments, of pre-training and of fine-tuning, then resume: the same bits?
 disk         a limit on the size of files, at random, while a run goes on from its checkpoint
 checkpoints  bytes flipped, cut off, overwritten; structures with parts exchanged; pickles with code in them
 images       folders with one hostile file: cut off, spoilt, of every mode, gigantic, extremely long, no image at all
@@ -34,7 +34,7 @@ import onepfrac as op
 
 SMALL = ("--device cpu --recipe nano --precision fp32 --img-size 16 --model vit_nano --batch-size 8 --log-every 3 "
          "--save-every 2").split()
-PRE = "pretrain --L 8 --canvas 32 --points 500 --steps 40 --drop-path 0.1 --randaug --mixup --fresh-texture".split()
+PRE = "pretrain --L 8 --canvas 32 --points 500 --steps 40 --drop-path 0.1 --randaug --mixup --texture fresh".split()
 PRE += SMALL
 FINE = "finetune --data folder --epochs 12 --eval-epochs 1.7 --erase --cutmix".split() + SMALL
 
@@ -50,6 +50,7 @@ def forked(arguments, seconds=None, number=signal.SIGKILL, largest=None):
             os.dup2(writer, 2)
             sys.stdout = sys.stderr = open(1, "w", buffering=1, closefd=False)
             signal.signal(signal.SIGINT, signal.default_int_handler)            # ignored in a background
+            signal.signal(signal.SIGHUP, signal.SIG_DFL)
             if largest is not None:
                 resource.setrlimit(resource.RLIMIT_FSIZE, (largest, resource.RLIM_INFINITY))
             status = op.main([str(a) for a in arguments])
@@ -101,7 +102,8 @@ def kills(count, rng, folder):
     out = folder / "killed"
     while found["kills"] < count:
         there = (out / "last.pt").exists()
-        status, output = forked([*PRE, "--out", out, *["--resume"] * there], rng.uniform(0, 0.6 * seconds))
+        words = ["resume", out] if (out / "args.json").exists() else [*PRE, "--out", out]
+        status, output = forked(words, rng.uniform(0, 0.6 * seconds))
         if status == -signal.SIGKILL:
             found["kills"] += 1
             if (out / "last.pt").exists():
@@ -129,14 +131,14 @@ def stops(count, rng, folder):
         seconds, stopped, other, untidy = length(arguments, whole), 0, 0, 0
         while stopped < count:
             out = folder / f"{stage}-{stopped}"
-            number = rng.choice((signal.SIGINT, signal.SIGTERM))
+            number = rng.choice((signal.SIGINT, signal.SIGTERM, signal.SIGHUP))
             status, output = forked([*arguments, "--out", out], rng.uniform(0.1, 0.9) * seconds, number)
-            if status == 128 + number and "onepfrac: interrupted" not in output:    # before or after the training
+            if status == 128 + number and "onepfrac: stopped" in output:
                 stopped += 1
-                untidy += "--resume continues" not in output or "Traceback" in output
-                status, output = forked([*arguments, "--out", out, "--resume"])
+                untidy += f"resume {out}` continues" not in output or "Traceback" in output
+                status, output = forked(["resume", out])
                 other += status != 0 or not same(outcome(out), outcome(whole))
-            elif status not in (0, 130, -signal.SIGTERM):           # done before, or nothing to save yet
+            elif status not in (0, 130, -signal.SIGTERM, -signal.SIGHUP):       # done before, or nothing to save yet
                 untidy += 1
                 print(stage, status, output[-1500:], file=sys.stderr)
             shutil.rmtree(out, ignore_errors=True)
@@ -155,12 +157,12 @@ def disk(count, rng, folder):
     for k in range(count):
         out = folder / "full"
         shutil.copytree(begun, out)
-        status, output = forked([*PRE, "--out", out, "--resume"], largest=rng.randrange(0, size))
+        status, output = forked(["resume", out], largest=rng.randrange(0, size))
         found["runs"] += 1
         found["without_a_clear_line"] += not (one_line(status, output) and "--out" in output)
         found["checkpoint_spoilt"] += not torch.load(out / "last.pt", weights_only=True)
         if k % 10 == 0:                                             # and with room again it ends as ever
-            status, output = forked([*PRE, "--out", out, "--resume"])
+            status, output = forked(["resume", out])
             found["other_bits_afterwards"] += status != 0 or not same(outcome(out), outcome(whole))
         shutil.rmtree(out)
     return found
@@ -197,7 +199,7 @@ def checkpoints(count, rng, folder):
     whole = folder / "whole"
     length(PRE, whole)
     data, content = (whole / "last.pt").read_bytes(), torch.load(whole / "last.pt", weights_only=True)
-    torch.save(op.load_checkpoint(whole / "last.pt"), buffer := io.BytesIO())
+    torch.save(torch.load(whole / "last.pt", weights_only=True), buffer := io.BytesIO())
     marker, whole_content = folder / "executed", buffer.getvalue()
     found = dict(checkpoints=0, refused_in_one_line=0, read=0, otherwise=0, other_weights_read=0, code_executed=0)
     for k in range(count):
@@ -228,7 +230,7 @@ def checkpoints(count, rng, folder):
         for file in (out / "last.pt", folder / "bad.pt"):
             file.write_bytes(bad)
         if rng.random() < 0.5:
-            status, output = forked([*PRE, "--out", out, "--resume"])
+            status, output = forked(["resume", out])
         else:
             status, output = forked([*FINE, "--root", folder / "images", "--epochs", "0.01", "--ckpt", out / "last.pt",
                                      "--out", folder / "tuned"])
@@ -238,7 +240,7 @@ def checkpoints(count, rng, folder):
         found["refused_in_one_line"] += one_line(status, output)
         found["read"] += status == 0
         if status == 0 and kind not in ("tree", "code"):            # whole in spite of it
-            torch.save(op.load_checkpoint(folder / "bad.pt"), buffer := io.BytesIO())
+            torch.save(torch.load(folder / "bad.pt", weights_only=True), buffer := io.BytesIO())
             found["other_weights_read"] += buffer.getvalue() != whole_content
         if not one_line(status, output) and status != 0:
             found["otherwise"] += 1

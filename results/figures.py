@@ -8,9 +8,9 @@ saw.png      what the network sees: the first images of the first pre-training b
 
 By default on canvases of 256 with 40,000 points (`saw` as nano draws them), into results/.
 """
-import contextlib
 import sys
 from pathlib import Path
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -30,9 +30,14 @@ SOURCES = {     # flags of `pretrain` and `render`
 }
 
 
+def parse(words):
+    """The settings of a command line. Flags that have no effect pass: the same ones serve all sources."""
+    with mock.patch.object(op, "refuse_idle_flags", lambda args, words: None):
+        return op.parse(words)
+
+
 def settings(flags, command="render --recipe paper --canvas 256 --points 40000"):
-    with contextlib.redirect_stdout(None):
-        return op.parse([*command.split(), "--out", str(HERE), *sys.argv[1:], *flags.split()])
+    return parse([*command.split(), "--out", str(HERE), *sys.argv[1:], *flags.split()])
 
 
 def draw(path, title, columns, rows):

@@ -30,7 +30,7 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 import onepfrac as op
 import speed
-from figures import SOURCES
+from figures import SOURCES, parse
 
 
 # ---- check: a part is a generator of (name, is it right?, numbers to print ...)
@@ -49,7 +49,7 @@ def renderer(device):
     maps = torch.cat([op.perturb(base, 0.3, 64, op.seeded(0)), odd])    # a fifth of the 64 expands
     def draw(maps, *how):
         return op.render_ifs(maps, *how, op.seeded(1), base[..., :2].det().abs())
-    for size, *how in ((64, 2000, "point"), (128, 100_000, "fill"), (512, 100_000, "fill")):
+    for size, *how in ((64, 2000, False), (128, 100_000, True), (512, 100_000, True)):
         there = draw(maps.to(device), size, *how)
         share = different(draw(maps, size, *how), there)
         yield (f"{size} pixels: less than 1% differ in the median image", share[:64].median() < 0.01,
@@ -57,7 +57,8 @@ def renderer(device):
         yield f"{size} pixels: odd systems", share[64:].max() < 0.1 and set(there.unique().tolist()) == {0, op.GREY}
         alone = torch.cat([draw(m[None].to(device), size, *how) for m in maps[-8:]])
         yield f"{size} pixels: alone as in a group", torch.equal(alone, there[-8:])
-    yield "a texture repeats", torch.equal(*(draw(maps[:8].to(device), 128, 2000, "random") for _ in range(2)))
+    yield "a texture repeats", torch.equal(*(
+        op.stamp(draw(maps[:8].to(device), 128, 2000, True), torch.Generator(device).manual_seed(0)) for _ in range(2)))
     coins = torch.full((200, 128, 128), op.GREY, dtype=torch.uint8, device=device)
     op.stamp(coins, torch.Generator(device).manual_seed(0))
     off = (coins > 0).float().mean(0) - 0.5
@@ -70,7 +71,7 @@ def sources(device):
         flags += f" --image {HERE / 'saw.png'}" * ("source image" in flags)
         flags = f"--recipe nano --canvas 64 --points 5000 --L 16 {flags}".split()
         try:
-            share = different(*(op.source_data(op.parse(["pretrain", "--device", d, *flags])).images
+            share = different(*(op.source_data(parse(["pretrain", "--device", d, *flags])).images
                                 for d in ("cpu", device)))
             yield name, share.median() < 0.01, f"median {share.median():.1e}, worst {share.max():.1e}"
         except Exception:
@@ -128,18 +129,19 @@ def network(device):
 
 def resume(device):
     """A run that is stopped after six steps and resumed ends as a whole one."""
-    folder, save_or_stop, saved = tempfile.mkdtemp(), op.Run.save_or_stop, []
+    folder, count, saved = tempfile.mkdtemp(), op.Run.count, []
     flags = (f"pretrain --recipe nano --device {device} --L 8 --canvas 32 --points 2000 --img-size 16 --batch-size 8 "
-             f"--steps 12 --log-every 3 --fresh-texture --randaug --erase --mixup --drop-path 0.1 --out {folder}/")
-    for name, stop in (("whole", None), ("parts", 6), ("parts --resume", None)):
-        def stopped(run):                                               # as by a signal
-            run.signals += [signal.SIGTERM] * (run.step == stop)
-            save_or_stop(run)
-        op.Run.save_or_stop = stopped
+             f"--steps 12 --log-every 3 --texture fresh --randaug --erase --mixup --drop-path 0.1 --out {folder}/")
+    for words, stop in ((flags + "whole", None), (flags + "parts", 6), (f"resume {folder}/parts", None)):
+        def counted(run, *step):
+            count(run, *step)
+            run.signal = signal.SIGTERM if run.step == stop else None   # as by a signal
+        op.Run.count = counted
         with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(SystemExit):
-            op.main((flags + name).split())
+            op.main(words.split())
+    op.Run.count = count
     for name in ("whole", "parts"):
-        saved.append(op.load_checkpoint(f"{folder}/{name}/last.pt"))
+        saved.append(torch.load(f"{folder}/{name}/last.pt", weights_only=True))
     a, b = (torch.cat([t.flatten() for t in run["model"].values()]) for run in saved)
     error, loss = (a - b).norm() / a.norm(), abs(saved[0]["log"][-1]["loss"] - saved[1]["log"][-1]["loss"])
     most = 0.02 if device == "cuda" else 0                              # a GPU's sums vary with their order
@@ -174,18 +176,17 @@ def profile(function, device, path):
 
 def rendering(device, out):
     """Beside the limit: the points are written and read, the pixels written, as fast as a large copy."""
-    cuda, usual = device == "cuda", op.IN_FLIGHT[device]
+    cuda = device == "cuda"
     data = torch.ones(2, 2 ** (30 if cuda else 22), dtype=torch.uint8, device=device)
     bandwidth = 2 * data[0].numel() / seconds(lambda: data[0].copy_(data[1]), device)           # read and written
     result, (points, size) = dict(copy_gb_per_s=round(bandwidth / 1e9)), (100_000, 512) if cuda else (2000, 64)
-    for images, groups in itertools.product((1000, 21_000) if cuda else (20,), (1, 4, 16)):
+    for images in (1000, 21_000) if cuda else (20,):
         maps, probs = speed.fractals(images)
-        op.IN_FLIGHT[device] = tuple(groups * n for n in usual)
         draw = functools.partial(speed.ours, maps.to(device), probs, points, size)
         took, limit = seconds(draw, device, 2), images * (16 * points + size ** 2) / bandwidth
-        result[f"{images} of {size}, groups x{groups}"] = dict(
+        result[f"{images} of {size}"] = dict(
             seconds=round(took, 4), limit=round(limit, 5), share=round(limit / took, 3)) | (
-            profile(draw, device, out / f"profile-rendering-x{groups}.txt") if images <= 1000 else {})
+            profile(draw, device, out / "profile-rendering.txt") if images <= 1000 else {})
     return result
 
 
@@ -194,7 +195,7 @@ def training(command, recipe, device, out):
     cuda, pre, flags = device == "cuda", command == "pretrain", f"{command} --recipe {recipe} --device {device}"
     flags += " --batch-size 4 --model vit_nano" * (not cuda) + " --L 16 --points 2000 --canvas 64" * (pre and not cuda)
     args, noise = op.parse(flags.split()), torch.randint(256, (5000, 3, 32, 32), dtype=torch.uint8, device=device)
-    data = op.source_data(args) if pre else op.Data(torch.arange(5000) % 100, lambda i: noise[i.to(device)], device)
+    data = op.source_data(args) if pre else op.Data(torch.arange(5000) % 100, lambda i: noise[i.to(device)], args)
     classes, batch, (dim, depth, heads) = args.L if pre else 100, args.batch_size, op.MODELS[args.model]
     augment = op.make_augment(args, classes, flip=(0.5 * args.flip,) * 2, erase=0.5 * args.erase)
     def draw():
@@ -286,7 +287,7 @@ def main():
         name, took, *checkpoints = args.parts
         record(name, dict(seconds=int(took)), args)
         for file in map(Path, checkpoints):
-            model = op.load_checkpoint(file)["model"]
+            model = torch.load(file, weights_only=True)["model"]
             torch.save(dict(model={name: t.half() for name, t in model.items()}), args.out / f"{file.parent.name}.pt")
         return 0
     torch.backends.cudnn.allow_tf32 = args.command == "measure"         # checks: convolutions in full precision

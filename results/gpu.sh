@@ -19,7 +19,7 @@ cd "$(dirname "$0")/.." || exit
 work=$(realpath -m "${WORK:-runs/gpu}") data=${DATA:-data/cifar100}
 budget=${BUDGET:-600} epochs=${EPOCHS:-15} batch=${BATCH:-512} probe=${PROBE:-600} rates=(${RATES:-5e-4 1e-3 2e-3})
 device=${DEVICE:-cuda} python=${PYTHON:-python3} wheels=${WHEELS:-wheels} status=0
-pre=${PRE:---recipe small --fresh-texture --no-cutmix --jitter}
+pre=${PRE:---recipe small --texture fresh --no-cutmix --jitter}
 tune=${TUNE:---recipe small --optimizer adamw --weight-decay 0.05 --drop-path 0.1 --clip-grad 1 --warmup 0.05}
 out=${OUT:-$work/out} ckpt=${CKPT:-$work/fractal/last.pt}
 export PYTHONPATH=$work/site${PYTHONPATH:+:$PYTHONPATH} OMP_NUM_THREADS=${OMP_NUM_THREADS:-8} PYTHONUNBUFFERED=1
@@ -53,7 +53,7 @@ trap stop TERM INT
 trap collect EXIT
 
 train() {       # train NAME COMMAND FLAGS: in $work/NAME, from where it stopped
-    [ -f "$work/$1/last.pt" ] && set -- "$@" --resume
+    if [ -f "$work/$1/last.pt" ]; then start "$1" "$python" onepfrac.py resume "$work/$1"; return; fi
     start "$1" "$python" onepfrac.py "$2" --device "$device" --batch-size "$batch" --out "$work/$1" "${@:3}"
 }
 tuned() {       # tuned ARM NAME FLAGS: fine-tuning from the fractal, or from scratch

@@ -1,12 +1,11 @@
-"""Logistic regression on frozen features: python results/logistic.py --ckpt FILE [FLAGS of `onepfrac.py probe`]
+"""Logistic regression on frozen features: python results/logistic.py --ckpt FILE --probe K [FLAGS of finetune]
 
 The transfer protocol of "Fake it till you make it" (arXiv 2212.08420): features of whole images from the first k
 blocks, standardised, and a linear classifier that L-BFGS fits until it has converged. A fifth of the training images
-chooses the strength of the regularisation. Prints a line of JSON for each k of --layers. Like a run, each k has a
-folder OUT/layerK with args.json and log.jsonl, which tables.py reads.
+chooses the strength of the regularisation. Prints a line of JSON. Like a run, it has a folder with args.json and
+log.jsonl, which tables.py reads.
 """
 import json
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -56,7 +55,7 @@ def logistic_probe(features, data, tests, classes):
     (x, labels), (x_test, labels_test) = read(data), read(tests)
     mean, std = x.mean(0), x.std(0).clamp(min=1e-6)
     x, x_test = (F.pad((t - mean) / std, (0, 1), value=1.0) for t in (x, x_test))
-    fit, check = op.balanced_subset(labels, holdout=0.2)
+    fit, check = op.balanced_subset(labels, torch.randperm(len(labels), generator=op.seeded(0)), holdout=0.2)
     if not len(check):
         raise op.InputError("--train-per-class: at least three images of a class are needed, to choose on some")
     best, weight = (-1.0, 0.0), None
@@ -69,28 +68,23 @@ def logistic_probe(features, data, tests, classes):
 
 
 def main(argv):
-    args = op.parse(["probe", *argv])
-    args.command, out = "logistic", Path(args.out)
-    data, tests, classes = op.downstream_data(args)
-    model = op.make_model(args, classes).to(args.device).eval()
-    if args.ckpt:
-        op.load_weights(model, args.ckpt)
-    augment = op.make_augment(args, classes, flip=(0.5 * args.flip, 0.0), erase=0.0, **op.IMAGENET)
-    commit = subprocess.getoutput(f'git -C "{Path(__file__).parent}" describe --always --dirty 2>&-')
-    for k in args.layers:
-        args.out, began = str(out / f"layer{k}"), time.perf_counter()
-        op.open_run(args)
-        op.write_json(Path(args.out) / "args.json", vars(args) | dict(
-            processor=torch.backends.cpu.get_cpu_capability(), threads=torch.get_num_threads(), commit=commit))
+    args = op.parse(["finetune", *argv])
+    args.command, began = "logistic", time.perf_counter()
+    with op.open_run(args):
+        data, tests, classes = op.downstream_data(args)
+        model = op.make_model(args, classes).to(args.device).eval()
+        if args.ckpt:
+            op.load_weights(model, args.ckpt)
+        augment = op.make_augment(args, classes, **op.IMAGENET)
 
         @torch.no_grad()
-        def features(images):                   # as `onepfrac.py probe` sees them: the mean of the patch tokens
-            return model.blocks[:k](model.embed(augment.plain(images)))[:, 1:].mean(1)
+        def features(images):                   # as `finetune --probe K` sees them: the mean of the patch tokens
+            return model.blocks[:args.probe](model.embed(augment.plain(images)))[:, 1:].mean(1)
 
         found = logistic_probe(features, data, tests, classes)
         found |= dict(images=len(data), seconds=round(time.perf_counter() - began, 1))
         op.write_json(Path(args.out) / "log.jsonl", found)
-        print(json.dumps(dict(layer=k, **found)), flush=True)
+    print(json.dumps(dict(probe=args.probe, **found)), flush=True)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
 """Do the tests see planted faults? Each of MUTANTS puts one fault into onepfrac.py; the tests should
-fail. Run in a worktree of its own: python mutants.py [FOLDER]. About 20 x 2 minutes on a core.
+fail. Run in a worktree of its own: python mutants.py [FOLDER]. About 30 x 2 minutes on a core.
 """
 import os
 import re
@@ -8,31 +8,42 @@ import sys
 import time
 from pathlib import Path
 
-SLOW = ("not speed and not test_faults and not reproduce and not shortened and not test_the_file")
+SLOW = "not speed and not faults and not reproduce and not test_lines"
+STEPS = "torch.rand(BURN_IN + -(-points // K), K, generator=generator)"
+LABELS = "labels = torch.arange(args.categories).{}(args.instances)\n    return Data(labels, draw, "
 MUTANTS = [  # name, text of onepfrac.py (once in it), text with the fault
     ("sigma_weights", "(s[..., 0] + 2 * s[..., 1]).sum(-1)", "(2 * s[..., 0] + s[..., 1]).sum(-1)"),
     ("no_mirrors", "uniform(-1, 1, 2, num_maps, 2).sign()", "uniform(0, 1, 2, num_maps, 2).sign()"),
-    ("orbits_rounded_down", "M = -(-points // ORBIT) + PLACES", "M = points // ORBIT + PLACES"),
-    ("raster_floor", ".mul_(scale[..., None]).round_()", ".mul_(scale[..., None]).floor_()"),
-    ("texture_by_group", "torch.empty(-(-size * pixels // 64)",
-     "torch.empty(-(-len(group) * pixels // 64)"),
-    ("half_multiplicative", "maps * (1 + 2 * delta * unit)", "maps * (1 + delta * unit)"),
-    ("labels_cycle", "labels = torch.arange(args.categories).repeat_interleave(args.instances)",
-     "labels = torch.arange(args.categories).repeat(args.instances)"),
+    ("points_rounded_down", STEPS, STEPS.replace("-(-points // K)", "points // K")),
+    ("raster_floor", "* scale[..., None]).round()", "* scale[..., None]).floor()"),
+    ("texture_by_batch", "for k, image in zip(i.tolist(), images):",
+     "for k, image in enumerate(images):"),
+    ("half_multiplicative", "base * (1 + 2 * delta * unit)", "base * (1 + delta * unit)"),
+    ("labels_cycle", LABELS.format("repeat_interleave"), LABELS.format("repeat")),
     ("drop_path_unscaled", ".bernoulli_(keep) / keep", ".bernoulli_(keep)"),
     ("norm_eps", "self.norm = nn.LayerNorm(dim, eps=1e-6)", "self.norm = nn.LayerNorm(dim)"),
     ("crop_never_last", "* (size - length + 1)).floor()", "* (size - length)).floor()"),
     ("erase_area", "(0.02, 1 / 3), (0.3, 1 / 0.3)", "(0.02, 0.4), (0.3, 1 / 0.3)"),
     ("cutmix_share", "lam = 1 - box[0, 0].numel() / S ** 2", "lam = float(lam)"),
-    ("op_never_last", "torch.randint(len(OPS), (B,)", "torch.randint(len(OPS) - 1, (B,)"),
-    ("solarize_at", "torch.where(x < 256 - (256 * level)", "torch.where(x <= 256 - (256 * level)"),
-    ("pos_embed_decays", 'key in ("cls_token", "pos_embed")', 'key in ("cls_token",)'),
+    ("op_never_last", "torch.randint(len(OPS), (B,))", "torch.randint(len(OPS) - 1, (B,))"),
+    ("solarize_at", "torch.where(x < 256 - (256 * level", "torch.where(x <= 256 - (256 * level"),
+    ("pos_embed_decays", 'name in ("cls_token", "pos_embed")', 'name in ("cls_token",)'),
     ("stays_in_eval", "model.train()\n    return 100 *", "pass\n    return 100 *"),
-    ("resume_total", 'self.total.copy_(saved["total"])', "pass"),
+    ("resume_sums", 'self.sums.copy_(saved["sums"])', "pass"),
     ("resume_seconds", 'int(saved["step"]), float(saved["seconds"])', 'int(saved["step"]), 0.0'),
-    ("subset_unseeded", "order, parts = torch.randperm(len(labels), generator=seeded(0)), []",
-     "order, parts = torch.randperm(len(labels)), []"),
-    ("paper_warmup", "(0.02, 0.05, 6.25e-5)", "(0.02, 0.05, 6.25e-4)"),
+    ("subset_unseeded", "torch.tensor(keys).argsort()", "torch.randperm(len(keys))"),
+    ("paper_warmup", "default=6.25e-5", "default=6.25e-4"),
+    ("burn_in_250", "BURN_IN, ORBIT = 500, 500", "BURN_IN, ORBIT = 250, 500"),
+    ("a_map_never_occurs", "(u >= ends).sum(-1)", "(u >= ends).sum(-1).clamp(min=1)"),
+    ("orbits_share_maps", STEPS, STEPS.replace("K, g", "1, g") + ".expand(-1, K)"),
+    ("flip_off_by_one", "start + flip * length", "start + flip * (length - 1)"),
+    ("muon_no_decay", "p.mul_(1 - lr * weight_decay).sub_(", "p.sub_("),
+    ("muon_no_nesterov", "p.grad.lerp(buffer, momentum)", "buffer.clone()"),
+    ("steps_alike", 'seed_for(args.seed, "step", step, args.rank)',
+     'seed_for(args.seed, "step", args.rank)'),
+    ("keeps_the_empty", "(share > 0) & (share >= least)", "share > 0"),
+    ("log_of_the_lead", "over_ranks(self.sums.clone(), self.args)", "self.sums"),
+    ("idle_sigma", '"rcdb": (contour_data, LIEP + MANY', '"rcdb": (contour_data, LIEP + MANY + "sigma "'),
 ]
 
 

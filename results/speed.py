@@ -36,7 +36,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import onepfrac as op
-from figures import SOURCES
+from figures import SOURCES, parse
 
 try:
     import numba
@@ -97,8 +97,7 @@ def ratio(seconds, slow, fast):
 
 def pretraining(flags, *more):
     """Settings of a pre-training whose last line of the log is about its last 20 steps."""
-    with contextlib.redirect_stdout(None):
-        return op.parse(["pretrain", "--steps", "40", "--log-every", "20", *flags.split(), *more])
+    return parse(["pretrain", "--steps", "40", "--log-every", "20", *flags.split(), *more])
 
 
 def flops(model, args, x, target):
@@ -130,7 +129,9 @@ def limits(options):
 
     def whole(flags=""):
         with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
-            op.pretrain(pretraining(f"{options.flags} {flags}", "--out", folder))
+            settings = pretraining(f"{options.flags} {flags}", "--out", folder)
+            with op.open_run(settings):
+                op.pretrain(settings)
             return last_line(folder)["images_per_s"]
 
     def share(speed, limit):
@@ -148,7 +149,7 @@ def limits(options):
     del data, square
 
     maps, probs = (t.to(args.device) for t in fractals(1000, args.delta))
-    render = rate(lambda: op.render_ifs(maps, 512, 100_000, "random", None, probs), len(maps))
+    render = rate(lambda: ours(maps, probs), len(maps))
 
     model = op.make_model(args, args.L).to(args.device)
     augment = op.make_augment(args, args.L, flip=(0.5 * args.flip,) * 2, erase=0.5 * args.erase)
@@ -185,7 +186,7 @@ def fractals(images, delta=0.05):
 
 
 def ours(maps, probs, points=100_000, size=512):
-    return op.render_ifs(maps, size, points, "random", torch.Generator().manual_seed(0), probs)
+    return op.stamp(op.render_ifs(maps, size, points, generator=torch.Generator().manual_seed(0), probs=probs))
 
 
 def render_loop(threads, images=1000, points=100_000, size=512):
@@ -256,13 +257,12 @@ def augmentation(args, images=2048):
     from PIL import Image
     from torchvision.datasets import ImageFolder
     maps, probs = fractals(64)
-    whole = op.render_ifs(maps, 128, 20_000, "fill", torch.Generator().manual_seed(0), probs)
+    whole = op.render_ifs(maps, 128, 20_000, generator=torch.Generator().manual_seed(0), probs=probs)
     i = torch.arange(images) % len(maps)
     augment = op.Augment(32, len(maps), mixup=0, cutmix=0)
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, "0").mkdir()
-        op.stamp(stamped := whole[i])
-        for k, image in enumerate(stamped):
+        for k, image in enumerate(op.stamp(whole[i])):
             Image.fromarray(image.numpy()).convert("RGB").save(f"{folder}/0/{k}.png")
         transform = timm.data.create_transform(
             32, is_training=True, auto_augment="rand-m9-inc1", color_jitter=0.4, re_prob=0.5, re_mode="pixel",
@@ -272,8 +272,7 @@ def augmentation(args, images=2048):
 
         def device():
             for batch in i.split(64):
-                op.stamp(drawn := whole[batch])
-                augment(drawn, batch)
+                augment(op.stamp(whole[batch]), batch)
 
         seconds = take_turns({"timm": lambda: [None for _ in loader], "onepfrac": device}, 3)
     return dict(timm=timm.__version__, images=images, workers=torch.get_num_threads(), seconds=seconds,

@@ -9,7 +9,6 @@ The measured numbers come from the run folders under --runs and from results/rec
 with other pictures and settings, lie in results/old/ as they were.
 """
 import argparse
-import contextlib
 import functools
 import json
 import statistics
@@ -21,31 +20,38 @@ sys.path.insert(0, str(HERE.parent))
 import onepfrac as op
 
 # What a result does not depend on.
-BESIDE = {*op.FREE, "ckpt", "world", "eval_epochs", "commit", "torch", "threads", "processor"}
-# How long the tables' runs are: flags by command.
+BESIDE = set("out root device resume save_every log_every precision rank lead ckpt world eval_epochs commit torch "
+             "threads processor".split())
+# How long the tables' runs are, and how probes are trained: flags by command.
+LINEAR = ("--batch-size 256 --lr 0.3 --weight-decay 0 --warmup 0 --clip-grad 0 --smoothing 0 --min-crop 0.4 "
+          "--no-randaug --no-jitter --no-erase --no-mixup --no-cutmix")
 LENGTH = {"nano": dict(pretrain="--steps 5000", finetune="--train-per-class 250 --epochs 3",
-                       probe="--train-per-class 250", logistic="--train-per-class 250"),
-          "small": {}, "paper": {}}
+                       probe=f"--train-per-class 250 --epochs 4 {LINEAR}", logistic="--train-per-class 250"),
+          "small": dict(probe=f"--epochs 30 {LINEAR}"), "paper": dict(probe=f"--epochs 36 {LINEAR}")}
 
 
 def decisive(args):
-    """The settings that a result depends on."""
-    texture = {"texture": "fresh"} if args.get("fresh_texture") else {}
-    return {k: v for k, v in (args | texture).items() if k not in BESIDE}
+    """The settings that a result depends on, by the names of today."""
+    if args.get("fresh_texture"):
+        args = args | dict(texture="fresh")
+    if "layers" in args:                        # of a command `probe`, now finetune --probe K
+        args = args | dict(command=args["command"].replace("probe", "finetune"), probe=args["layers"][0])
+    elif args.get("command") == "finetune":
+        args = dict(probe=None) | args
+    return {k: v for k, v in args.items() if k not in BESIDE}
 
 
 @functools.cache
 def settings(line):
-    """The decisive settings of a command line. `logistic` has the flags of `probe`."""
+    """The decisive settings of a command line. `logistic` has the flags of `finetune`."""
     command, *flags = line.split()
-    with contextlib.redirect_stdout(None):
-        args = op.parse(["probe" if command == "logistic" else command, *flags])
+    args = op.parse(["finetune" if command == "logistic" else command, *flags])
     return decisive(vars(args) | {"command": command})
 
 
 def tables(recipe):
     """name -> (title, seeds, rows). A row: label, CIFAR-100 top-1 in the paper, flags of pre-training or None for
-    scratch, and what follows it: finetune, or a probe with its flags."""
+    scratch, and what follows it: finetune, or logistic, with more flags."""
     usual = settings(f"pretrain --recipe {recipe} {LENGTH[recipe].get('pretrain', '')}")
     scratch, ours = ("scratch", 64.2, None, "finetune"), ("1p-frac", 84.2, "", "finetune")
     few = f"--categories {usual['L']}"
@@ -74,7 +80,7 @@ def tables(recipe):
             for steps in lengths))
 
     def probes(command, label, flags, top1=(None,) * 5):
-        return [(f"{label}, k = {k}", paper, flags, f"{command} --layers {k}")
+        return [(f"{label}, k = {k}", paper, flags, f"{command} --probe {k}")
                 for k, paper in zip((1, 2, 3, 4, 6), top1)]
 
     return {
@@ -106,13 +112,13 @@ def tables(recipe):
                 ("homography", None), ("elastic", 37.0), ("polynomial", 81.3))))),
         "table13": ("random patch augmentation", 1, tuned(
             ("OFDB", 84.0, f"{few} --texture random"), ("1p-frac", 84.2, "--texture random"),
-            ("OFDB w/ Aug.", 85.3, f"{few} --fresh-texture"), ("1p-frac w/ Aug.", 84.7, "--fresh-texture"))),
+            ("OFDB w/ Aug.", 85.3, f"{few} --texture fresh"), ("1p-frac w/ Aug.", 84.7, "--texture fresh"))),
         "fractals": ("which fractal, --fractal-seed (not in the paper)", 1,
                      sweep("fractal-seed", dict.fromkeys((32, 0, 1, 2, 3, 4)))),
         "length": ("how long pre-training is (not in the paper)", 1, longer()),
         "fig3": ("linear probes of the first k blocks", 1, [
-            *probes("probe", "1p-frac", "", (11.7, 15.5, 14.4, 13.8, 17.7)),
-            *probes("probe", "random weights", None)]),
+            *probes("finetune", "1p-frac", "", (11.7, 15.5, 14.4, 13.8, 17.7)),
+            *probes("finetune", "random weights", None)]),
         "logistic": ("logistic regression on the first k blocks (not in the paper)", 1, [
             *probes("logistic", "1p-frac", ""), *probes("logistic", "random weights", None)]),
     }
@@ -125,8 +131,8 @@ def planned(recipe, row, seed, runs="runs"):
     _, _, flags, (command, *probing) = *row[:3], row[3].split()
     folder = f"{runs}/tables/{recipe}/"
 
-    def start(command):
-        return f"{command} --recipe {recipe} --seed {seed} {LENGTH[recipe].get(command, '')}".strip()
+    def start(command, kind):
+        return f"{command} --recipe {recipe} --seed {seed} {LENGTH[recipe].get(kind, '')}".strip()
 
     def name(*words):
         return "-".join(" ".join(words).replace("--", "").split())
@@ -135,23 +141,30 @@ def planned(recipe, row, seed, runs="runs"):
     if flags is None:
         folder += f"scratch/{seed}"
     else:
-        usual = settings(start("pretrain"))
-        pretraining = settings(f"{start('pretrain')} {flags}")
+        usual = settings(start("pretrain", "pretrain"))
+        try:
+            pretraining = settings(f"{start('pretrain', 'pretrain')} {flags}")
+        except op.InputError as error:          # the switch turns nothing at this recipe
+            assert "has no effect" in str(error), error
+            pretraining = usual
         if pretraining == usual:                # rows that are the recipe itself share a run
             flags = ""
         folder += f"{name(flags) or '1p-frac'}/{seed}"
-        first = " ".join(f"{start('pretrain')} {flags} --out {folder}/pretrain".split())
+        first = " ".join(f"{start('pretrain', 'pretrain')} {flags} --out {folder}/pretrain".split())
         ckpt = f" --ckpt {folder}/pretrain/last.pt"
-    second = " ".join([start(command), *probing])
-    return (first, f"{second}{ckpt} --out {folder}/{name(command, *probing)}", pretraining, usual, settings(second))
+    kind = "probe" if probing and command == "finetune" else command
+    second = " ".join([start(command, kind), *probing])
+    return (first, f"{second}{ckpt} --out {folder}/{name(kind, *probing[1:])}", pretraining, usual, settings(second))
 
 
 def fits(record, pretraining, usual, second):
     """Whether a record has these settings. A flag that came later counts as left out then. The data of a folder
     count as CIFAR-100, since nothing tells what is in it."""
     def same(old, new, usual):
-        return (old is None) == (new is None) and all(
-            old.get(k, usual[k]) == new[k] for k in new or () if k != "data")
+        if old is None or new is None:
+            return old is new
+        old = decisive(old)
+        return all(old.get(k, usual[k]) == new[k] for k in new if k != "data")
     return (record["settings"]["data"] in ("cifar100", "folder")
             and same(record["pretrain"], pretraining, usual) and same(record["settings"], second, second))
 
@@ -184,11 +197,10 @@ def of_folders(runs):
                 before = decisive(before) | dict(steps=log[-1]["step"])
                 own = log[-1].get("top1")
                 last |= {k: last[k] + log[-1][k] for k in ("images", "seconds")}
-        only = {} if args["command"] == "finetune" else {"layers": [int(folder.name.removeprefix("layer"))]}
         yield dict(command=args["command"], recipe=args["recipe"], seed=args["seed"], commit=args["commit"],
                    device=f"{args['device']} ({args['processor']}, {args['threads']} threads)",
                    **{k: last[k] for k in ("images", "seconds", "test_top1")},
-                   settings=decisive(args) | only, pretrain=before, pretext_top1=own)
+                   settings=decisive(args), pretrain=before, pretext_top1=own)
 
 
 def read_records(path):

@@ -24,7 +24,7 @@ def pretext_accuracy(path, settings, images, seed):
     args.device, args.precision, args.rank, args.world = "cpu", "fp32", 0, 1
     data = op.source_data(args)
     model = op.make_model(args, args.L).eval()
-    model.load_state_dict(op.load_checkpoint(path)["model"])
+    model.load_state_dict(torch.load(path, weights_only=True)["model"])
     augment = op.make_augment(args, args.L, flip=(args.flip / 2,) * 2, erase=args.erase / 2)
     torch.manual_seed(seed)
     right = 0
@@ -36,7 +36,7 @@ def pretext_accuracy(path, settings, images, seed):
 
 def main():
     run, path = Path(sys.argv[1]), HERE / "nano.pt"
-    saved = op.load_checkpoint(run / "last.pt")
+    saved = torch.load(run / "last.pt", weights_only=True)
     torch.save({"model": {name: t.float() for name, t in saved["model"].items()}}, path)
     (HERE / "nano.sha256").write_text(f"{hashlib.sha256(path.read_bytes()).hexdigest()}  nano.pt\n")
     (HERE / "nano.omega.json").write_text((run / "omega.json").read_text())
