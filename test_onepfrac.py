@@ -25,7 +25,7 @@ import tokenize
 import zlib
 from pathlib import Path
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")                   # all is small here: two threads would wait for each other
+os.environ.setdefault("OMP_NUM_THREADS", "1")                   # all is small: two threads wait for each other
 
 import numpy as np
 import pytest

@@ -15,7 +15,7 @@ MUTANTS = [  # name, text of onepfrac.py (once in it), text with the fault
     ("sigma_weights", "(s[..., 0] + 2 * s[..., 1]).sum(-1)", "(2 * s[..., 0] + s[..., 1]).sum(-1)"),
     ("no_mirrors", "uniform(-1, 1, 2, num_maps, 2).sign()", "uniform(0, 1, 2, num_maps, 2).sign()"),
     ("points_rounded_down", STEPS, STEPS.replace("-(-points // K)", "points // K")),
-    ("raster_floor", "* scale[..., None]).round()", "* scale[..., None]).floor()"),
+    ("raster_floor", ".mul_(scale[..., None]).round_()", ".mul_(scale[..., None]).floor_()"),
     ("texture_by_batch", "for k, image in zip(i.tolist(), images):",
      "for k, image in enumerate(images):"),
     ("half_multiplicative", "base * (1 + 2 * delta * unit)", "base * (1 + delta * unit)"),
