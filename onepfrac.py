@@ -1,7 +1,8 @@
 """onepfrac: pre-train a Vision Transformer on perturbed copies of one fractal.
 
 A single-file reference of "Scaling Backwards: Minimal Synthetic Pre-training?" (Nakamura et al.,
-ECCV 2024). The paper calls its dataset 1p-frac, "1-parameter Fractal as Data". The idea:
+ECCV 2024). The paper calls its dataset 1p-frac, "1-parameter Fractal as Data", as one set of
+parameters, one fractal, is all of it. The idea:
 
     An image is drawn from a few numbers. A class is one small perturbation of them.
     Pre-training is telling the perturbations apart.
@@ -105,8 +106,8 @@ def sample_ifs(num_maps, sigma, generator=None):
         return low + (high - low) * torch.rand(shape, generator=generator, dtype=torch.float64)
 
     left, s = float(sigma), torch.zeros(num_maps, 2, dtype=torch.float64)
-    for j in range(num_maps):  # `left` of sigma is for this map and the later ones
-        need = left - 3 * (num_maps - 1 - j)  # at least; the later maps take at most 3 each
+    for j in range(num_maps):  # s1 + 2 s2 lies between `need` and `left`, where 0 <= s2 <= s1 <= 1
+        need = left - 3 * (num_maps - 1 - j)  # the later maps take at most 3 each
         s1 = uniform(max(0.0, need / 3), min(1.0, left)).item()
         s2 = uniform(max(0.0, (need - s1) / 2), min(s1, (left - s1) / 2)).item()
         s[j, 0], s[j, 1] = s1, s2  # for the last map s2 has one possible value
@@ -127,27 +128,29 @@ def sample_ifs(num_maps, sigma, generator=None):
 # more often it is picked (p_j is proportional to |det A_j|), so the dots lie evenly.
 #
 # Why it works. The maps take points of the attractor to points of the attractor, and they contract,
-# so a point outside comes closer with each step. But (0, 0) is outside, and so are the places that
-# follow. Fractals that fill a canvas have a map that hardly contracts (one of the default fractal's
-# multiplies lengths by 0.95 to 0.99), so it takes hundreds of steps until nothing is seen of the
-# start. Therefore the first 500 steps are not drawn. The authors draw them too.
+# so a point outside comes closer with each step. But (0, 0) is usually outside, and then so are the
+# places that follow. Fractals that fill a canvas have a map that hardly contracts, so it takes
+# hundreds of steps until nothing is seen of the start. (The default fractal has two maps, of sigma
+# 3.5 and --fractal-seed 32. One of them multiplies lengths by 0.95 to 0.99.) Therefore the first
+# 500 steps are not drawn. The authors draw them too.
 #
 # Section 3 adds random numbers of up to Delta / 2 to the numbers of the maps. Of the default
 # fractal, nearly half of such perturbations at Delta = 0.1 have a map with a singular value above
 # 1, which stretches in one direction. There is a picture all the same: a long random sequence of
 # the maps contracts on average. (Now and then it throws a dot far out: the picture gets smaller.)
 #
-# For speed, K points of B systems move side by side; the path of a point is an orbit. In each step
-# each orbit picks a map for itself, and orbit k picks the same ones in all B systems. Else each
-# image would have its own pattern of dots, and a network could know an image by that alone.
+# For speed, K orbits (paths of a moving point) of each of B systems run side by side, and each
+# leaves up to 500 dots. In each step each orbit picks a map for itself, but the first orbit picks
+# the same ones in all B systems, and so does each other orbit. Else each image would have its own
+# pattern of dots, and a network could know an image by that alone.
 
 BURN_IN, ORBIT = 500, 500  # steps of an orbit that are not drawn, and that are, at most
 GREY = 127  # of the dots
 
 
 def choose_maps(probs, points, generator=None):
-    """Which map each orbit picks in each step -> j (BURN_IN + steps, K) on the CPU, enough orbits K
-    for so many points. probs (N,), or (B, N) -> j (BURN_IN + steps, K, B) for systems with
+    """Which map each orbit picks in each step -> j (BURN_IN + steps, K) on the CPU, with enough
+    orbits K for `points` dots. probs (N,), or (B, N) -> j (BURN_IN + steps, K, B) for systems with
     probabilities of their own; they need not sum to 1."""
     K = -(-points // ORBIT)  # rounded up
     u = torch.rand(BURN_IN + -(-points // K), K, generator=generator)
@@ -163,11 +166,11 @@ def chaos_game(maps, j):
     table = maps.permute(1, 2, 3, 0).contiguous()  # (N, 2, 3, B): row j holds map j of all systems
     v = maps.new_zeros(K, 2, B)
     dots = maps.new_empty(2, B, steps, K)
-    for step, k in enumerate(j.to(maps.device), -BURN_IN):
-        if k.ndim == 1:
-            picked = table.index_select(0, k)  # (K, 2, 3, B); on a CPU 6 times as fast as table[k]
+    for step, rows in enumerate(j.to(maps.device), -BURN_IN):
+        if rows.ndim == 1:
+            picked = table.index_select(0, rows)  # (K, 2, 3, B); table[rows] takes 6 times as long
         else:
-            picked = table.gather(0, k[:, None, None].expand(K, 2, 3, B))
+            picked = table.gather(0, rows[:, None, None].expand(K, 2, 3, B))
         A_x, A_y, t = picked.unbind(2)  # (K, 2, B) each
         v = torch.addcmul(t, A_x, v[:, :1]).addcmul_(A_y, v[:, 1:])  # A v + t
         if step >= 0:
@@ -180,7 +183,7 @@ def rasterize(dots, size, low, high, clip=True):
 
     The box from low to high (2, B) is stretched to fill the canvas but for a margin of 6 pixels in
     512. So an image does not tell where a shape lies and how large it is. clip: leave out dots that
-    lie outside or are not finite; without, there may be none. The dots are overwritten.
+    lie outside or are not finite; without it, there must be none. The dots are overwritten.
     """
     margin = max(1, 6 * size // 512)
     last = size - 1 - 2 * margin
@@ -255,8 +258,10 @@ def stamp(images, generator=None):
 # To copy `perturb` and `lpce_loss`: import torch, torch.nn.functional as F
 #
 # One image is one class, and with one class there is nothing to learn (Eq. 6). So the paper adds
-# small random numbers eps to the numbers of the maps. eps comes from a cube of side Delta around 0
-# (Eq. 9), and each eps is a class: the label of an image is the eps that made it.
+# noise: to each of the 6 N numbers of the maps a small random one. All of them together, one point
+# of a cube of side Delta around 0 in 6 N dimensions, are called eps (Eq. 9). Each eps is a class:
+# the image of maps + eps. (The authors' code does not add. It multiplies each number by one from
+# 1 - Delta to 1 + Delta, `--noise multiplicative`. The default is the paper's, and its Delta, 0.1.)
 #
 # What is Delta for? As Delta goes to 0 the data become one single image. So with Delta the paper
 # asks how narrow data may be before pre-training fails: in its Table 5 it fails at 0.01 and below.
@@ -264,11 +269,12 @@ def stamp(images, generator=None):
 # What is integrated? In theory there are as many classes as points in the cube, and the data are an
 # integral over all of them (Eq. 7). Hence the name LIEP, "locally integrated empirical"
 # distribution. In practice, the paper says, the integral is a sample: L random eps, drawn once,
-# make L classes (1,000 in the paper, 64 in nano) with one image each. Labels are their numbers, 0
-# to L - 1: the network never predicts eps itself. The loss, LPCE or "locally perturbed cross
-# entropy" (Eq. 8), is then plain cross entropy.
+# make L classes (1,000 in the paper, 64 in nano) with one image each. A label is the index of an
+# eps in this list, 0 to L - 1; the numbers of eps are never predicted. The loss, LPCE or "locally
+# perturbed cross entropy" (Eq. 8), is then plain cross entropy.
 #
-# Where does variety within a class come from? From augmentation alone. The paper reaches 84.2% on
+# Where does variety within a class come from? As each class has one image, it can only come from
+# augmentation (or from a fresh texture, below). The paper reaches 84.2% on
 # CIFAR-100, without random crops in pre-training 80.1%, without mixup and cutmix 80.4%, from
 # scratch 64.2% (Tables 2 and 9). We conclude that no one switch is the whole story. In pre-training
 # the recipe nano crops and jitters, and does nothing else.
@@ -276,10 +282,11 @@ def stamp(images, generator=None):
 # Can you see the difference between classes? The paper says that most of its shapes cannot be told
 # apart by eye. Those of our default fractal can, at Delta = 0.1: see results/fig2b.png.
 #
-# And the texture? The authors' code gives each image random masks, once (`--texture random`, the
-# default). We infer that they could give a class away without its shape, since they differ from
-# image to image and never change; nobody has measured it. `--texture fresh` draws new ones at each
-# step, the "w/ Aug." of the paper's Table 13. `--texture fill` (nano) has whole squares, so none.
+# And the texture? The authors' code gives each image random masks, once (`--texture random`, as in
+# recipe paper). We infer that they could give a class away without its shape, since they differ
+# from image to image and never change; nobody has measured it. `--texture fresh` draws new ones at
+# each step, the "w/ Aug." of the paper's Table 13. `--texture fill` (nano) has whole squares, and
+# `--texture point` single pixels: they have none.
 #
 # FractalDB and OFDB, older datasets of fractals, are the same program at other settings: they have
 # many fractals ("categories"), and the label is the category. FractalDB has 1,000 images of each,
@@ -288,7 +295,7 @@ def stamp(images, generator=None):
 # Seeds (`seeded`, `seed_for`) are explained in section 6, errors (`InputError`) in section D.
 
 def perturb(base, delta, L, generator=None, noise="additive"):
-    """L draws from the cube around base, numbers of any shape (...) -> (L, ...), Eq. 9.
+    """L perturbed copies of base, numbers of any shape (...) -> (L, ...), Eq. 9.
 
     noise: "additive" (the paper): each number plus U(-delta/2, delta/2). "multiplicative" (the
     authors' code): each number times U(1 - delta, 1 + delta). Draw k is the same for every L.
@@ -300,8 +307,8 @@ def perturb(base, delta, L, generator=None, noise="additive"):
 
 
 def lpce_loss(logits, target):
-    """Locally perturbed cross entropy, Eq. 8: -E log p(eps | image). logits (B, L); target (B,),
-    the indices of the perturbations, or (B, L), soft labels after mixup and cutmix."""
+    """Locally perturbed cross entropy, Eq. 8: -E log p(index of eps | image). logits (B, L); target
+    (B,), these indices, or (B, L), soft labels after mixup and cutmix."""
     return F.cross_entropy(logits, target)
 
 
@@ -775,11 +782,13 @@ def evaluate(model, data, augment, args):
 #     weight decay  0.05 -> 1e-4                          0.05 -> 1e-4
 #     warm-up       15 steps -> 1% of the steps           2% -> 5% of the steps
 #     batch         256 -> 768                            64 -> 64
-#     crops from    8% -> 8% of the area                  10% -> 70%
+#     least crop    8% -> 8% of the area                  10% -> 70%
 #     flips         left-right, up-down -> left-right     none -> left-right
 #     erased boxes  50% -> 25% of the images              none -> none
 #     jitter        none (RandAugment does it)            on -> off
 #     pixels        (x - 0.5) / 0.5 -> ImageNet's mean and standard deviation, for both
+#
+# All else stays. nano has no RandAugment, mixup, cutmix and label smoothing in both.
 
 def make_model(args, classes):
     """The network with its initial weights."""
