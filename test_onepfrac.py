@@ -1394,8 +1394,8 @@ def test_a_checkpoint_that_is_no_run_of_this_version_is_named_and_its_weights_ca
     *[dict(command=word) for word in ("-h", "resume", "render", "finetune", "x\ny", "--recipe", None, 5, [])],
     dict(lr="fast"), dict(lr=None), dict(lr=math.nan), dict(steps=10 ** 400), dict(steps=-1), dict(steps=[1]),
     dict(L=True), dict(randaug="--lr=5"), dict(randaug=None), dict(model="a\nb"), dict(recipe="huge"),
-    dict(source="image", image="no\nfile"), dict(world="1\n2"), dict(world=None), dict(device=7), dict(device="tpu"),
-    dict(precision="fp8"), dict(seed={})],
+    dict(source="image", image="no\nfile"), dict(world="1\n2"), dict(world=None), dict(device=7),
+    dict(device="tpu"), dict(precision="fp8"), dict(seed={})],
     ids=lambda s: str(s)[:40])
 def test_hostile_settings_of_a_run_get_one_line(settings, trained, tmp_path, refused):
     run = copied(trained, tmp_path / "run", settings=settings)
@@ -1458,38 +1458,45 @@ def test_a_network_that_cannot_be_compiled_is_trained_as_it_is(monkeypatch, caps
 DRIVER = """
 import os, sys, torch
 import onepfrac as op
-rank, folder, seen, train_step = int(os.environ["RANK"]), sys.argv[1], [], op.train_step
+file, seen, train_step = f"{sys.argv[1]}/rank{os.environ['RANK']}", [], op.train_step
 def spy(network, optimizer, x, target, rate, args):
-    if len(seen) == int(os.environ.get("FAIL_AT", -1)) and rank == 1:
+    if len(seen) == int(os.environ.get("FAIL_AT", -1)) and args.rank == 1:
         raise op.InputError("--source: this rank cannot go on")
     seed = torch.initial_seed()
     loss, logits = train_step(network, optimizer, x, target, rate, args)
     seen.append(dict(x=x, target=target, rate=rate, loss=loss, logits=logits, seed=seed))
+    torch.save(seen, f"{file}.part")
+    os.replace(f"{file}.part", f"{file}.pt")            # whole, whenever this process is ended
     return loss, logits
 op.train_step = spy
-status = op.main(sys.argv[2:])
-torch.save(seen, f"{folder}/rank{rank}.pt")
-sys.exit(status)
+sys.exit(op.main(sys.argv[2:]))
 """
 
 
 def torchrun(folder, *arguments, **environment):
-    """A job of two processes -> exit status, output, errors."""
+    """A job of two processes -> exit status, output, errors, and the steps of either in this job."""
     (folder / "driver.py").write_text(DRIVER)
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--rdzv_backend=c10d",
          "--rdzv_endpoint=localhost:0", folder / "driver.py", folder, *map(str, arguments)], capture_output=True,
         text=True, timeout=170, env=ALONE | {"PYTHONPATH": str(SCRIPT.parent), **environment})
-    return done.returncode, done.stdout, done.stderr
+    ranks = [torch.load(folder / f"rank{k}.pt", weights_only=True) for k in (0, 1)]
+    return done.returncode, done.stdout, done.stderr, ranks
 
 
-def test_two_processes_train_one_network_log_all_of_it_fail_together_and_go_on(image_folder, tmp_path, monkeypatch):
+def test_two_processes_fail_together_go_on_train_one_network_and_log_all_of_it(image_folder, tmp_path):
     words = ["finetune", "--data", "folder", "--root", image_folder, "--batch-size", 32, "--epochs", 9.6,
              "--eval-epochs", 5, *QUICK, "--log-every", 4, "--save-every", 8, "--clip-grad", 0]
-    status, output, errors = torchrun(tmp_path, *words, "--out", tmp_path / "two")
-    assert status == 0, errors[-2000:]
+    status, _, errors, before = torchrun(tmp_path, *words, "--out", tmp_path / "two", FAIL_AT="13")
+    assert status != 0 and "onepfrac: --source: this rank cannot go on" in errors
+    assert saved(tmp_path / "two")["step"] == 8
+    status, output, errors, after = torchrun(tmp_path, "resume", tmp_path / "two")
+    assert status == 0, errors
     assert output.count("step 24/24  loss") == 1 and "cpu x2" in output     # only one of them writes and prints
-    ranks = [torch.load(tmp_path / f"rank{k}.pt", weights_only=True) for k in (0, 1)]
+    for first, second in zip(before, after):                    # the same bits in the steps that both jobs took
+        for one, two in zip(first[8:12], second):
+            assert all(torch.equal(one[key], two[key]) for key in ("x", "target", "loss", "logits"))
+    ranks = [first[:8] + second for first, second in zip(before, after)]
     assert len({step["seed"] for rank in ranks for step in rank}) == 2 * 24
 
     # One process that takes the steps of both, on both their images, ends with the same network.
@@ -1515,13 +1522,6 @@ def test_two_processes_train_one_network_log_all_of_it_fail_together_and_go_on(i
     tests = op.folder_data(op.open_datasets(args)[1], None, args)
     found = op.evaluate(model, tests, op.make_augment(args, 2, **op.IMAGENET), args)
     assert [r["test_top1"] for r in read_log(tmp_path / "two") if "test_top1" in r][-1] == pytest.approx(found)
-
-    status, _, errors = torchrun(tmp_path, *words, "--out", tmp_path / "failed", FAIL_AT="13")
-    assert status != 0 and "onepfrac: --source: this rank cannot go on" in errors
-    assert saved(tmp_path / "failed")["step"] == 8
-    status, _, errors = torchrun(tmp_path, "resume", tmp_path / "failed")
-    assert status == 0, errors[-2000:]
-    assert_same(tmp_path / "two", tmp_path / "failed")
 
 
 def test_checkpoints_of_timm_and_of_the_authors_load(tmp_path):

@@ -83,7 +83,7 @@ def augmentation(device):
     x[::2] = x[::2] // 3 + 40                                           # room for autocontrast
     x[2::4, :, 8:] = 0                                                  # most pixels are equal
     magnitude, sign = torch.tensor([0, 3.7, 9, 10] * 2), torch.tensor([1, -1]).repeat_interleave(4)
-    ways = {f"operation {name}": lambda x, k=k: op.apply_op(x, torch.full((8,), k), magnitude, sign)
+    ways = {f"operation {name}": lambda x, k=k: op.apply_op(x, torch.full((8,), k), magnitude * sign / 10)
             for k, name in enumerate(op.OPS)} | {"jitter": lambda x: op.color_jitter(x, 0.4)}
     for off in ("erase", "erase randaug", "erase randaug jitter"):
         augment = op.Augment(32, 10, **dict.fromkeys(off.split(), 0))
