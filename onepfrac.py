@@ -825,6 +825,8 @@ def finetune(args):
     if args.ckpt and not args.resume:
         load_weights(model, args.ckpt)  # all but the head: D
     if args.probe:
+        if args.batch_size == args.world:
+            raise InputError("--batch-size: with --probe two or more, to normalise over them")
         model = Probe(model, args.probe, classes)  # section E
     augment = make_augment(args, classes, flip=(args.flip / 2, 0), erase=args.erase / 4, **IMAGENET)
     steps = math.ceil(args.epochs * len(data) / args.batch_size)
@@ -870,6 +872,8 @@ def contrast(x, factor):
 
 def sharpness(x, factor):
     """0: smoothed, but for the border."""
+    if min(x.shape[2:]) < 3:  # all border
+        return x
     smooth, inner = x.clone(), x[..., 1:-1, 1:-1]  # by [[1,1,1],[1,5,1],[1,1,1]] / 13
     sums = F.avg_pool2d(x, 3, stride=1, divisor_override=1)  # of each 3x3 square
     smooth[..., 1:-1, 1:-1] = ((sums + 4 * inner) / 13 + 0.5).floor()
@@ -1084,7 +1088,8 @@ def contour_data(args):
         return Data(labels, draw_instances, args)
     for category in itertools.count():
         offsets, centre, greys = numbers(args.fractal_seed, category, 0)
-        if covered(draw([(offsets, centre, greys)], "cpu"), background) >= 0.2:
+        image = draw_contour(offsets, centre, greys, 512, background)  # whatever the canvas is
+        if covered(image[None], background) >= 0.2:
             break
 
     def draw_scaled(params):  # (B, P)
@@ -1235,7 +1240,7 @@ class Folder(torchvision.datasets.ImageFolder):
     def find_classes(self, directory):
         names, _ = super().find_classes(directory)
         names = [name for name in names if not name.startswith(".")]
-        if len(names) < 2 or {"train", "test"} == set(names) or {"train", "val"} == set(names):
+        if len(names) < 2 or set(names) <= {"train", "val", "validation", "test"}:
             raise ValueError(f"need two or more folders, one a class, and not: {' '.join(names)}")
         return names, {name: k for k, name in enumerate(names)}
 
@@ -1351,11 +1356,12 @@ def downstream_data(args):
     some = args.train_per_class or args.holdout
     order = order_by_pixels(train) if some else torch.arange(len(labels))
     chosen, held = balanced_subset(labels, order, args.train_per_class, args.holdout)
+    if args.holdout and not (len(held) and len(chosen)):
+        raise InputError(f"--holdout {args.holdout}: leaves {len(chosen)} images to train on and "
+                         f"{len(held)} to test on")
     if args.batch_size > len(chosen):
         raise InputError(f"--batch-size {args.batch_size}: there are only {len(chosen)} images to "
                          "train on; give a smaller one")
-    if args.holdout and not len(held):
-        raise InputError(f"--holdout {args.holdout}: is less than one image a class; give more")
     tests = folder_data(train, held, args) if args.holdout else folder_data(test, None, args)
     data = folder_data(train, chosen, args)
     note_images(args, train, data, tests)  # section D
@@ -1376,11 +1382,17 @@ def blaming(what):
     """Whatever goes wrong inside becomes an InputError of one line: what, and the reason."""
     try:
         yield
-    except (InputError, torch.OutOfMemoryError):
-        raise
     except Exception as error:
+        if isinstance(error, InputError) or memory_is_full(error):
+            raise
         kind = "" if type(error) is ValueError else f"{type(error).__name__}, "
         raise InputError(f"{what}: {kind}{' '.join(str(error).split())[:200]}") from error
+
+
+def memory_is_full(error):
+    """Whether an exception says so, of a GPU or a CPU."""
+    full = isinstance(error, (torch.OutOfMemoryError, MemoryError))
+    return full or "allocate memory" in str(error)  # torch, of a CPU's memory
 
 
 def say(text, end="\n", file=None):
@@ -1388,17 +1400,24 @@ def say(text, end="\n", file=None):
     file = file or sys.stdout
     try:
         print(text, end=end, file=file, flush=True)
+    except UnicodeEncodeError:  # a name that the terminal cannot show
+        print(ascii(text), end=end, file=file, flush=True)
     except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), file.fileno())
 
 
 def replace_file(path, data):
     """Write a file beside it, flush to disk, rename: at any moment there is one whole file."""
-    with open(f"{path}.part", "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(f"{path}.part", path)
+    part = Path(f"{path}.part")
+    try:
+        with open(part, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError:  # a full disk
+        part.unlink(missing_ok=True)
+        raise
+    os.replace(part, path)
 
 
 def write_json(path, content):
@@ -1411,6 +1430,8 @@ def load_file(path, flag):
     is."""
     with blaming(f"{flag} {path}"), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the error says it in one line
+        if not Path(path).is_file():
+            raise ValueError("there is no such file")
         with open(path, "rb") as file:
             start = file.read(100)
         if not start:
@@ -1462,6 +1483,8 @@ def join_ranks(args):
     """Read torchrun's environment. With several ranks, meet the others (nccl, or gloo)."""
     args.rank, args.world = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1)))
     args.lead = args.rank == 0  # the lead writes and prints
+    if not 0 <= args.rank < args.world:
+        raise ValueError(f"RANK is {args.rank} of {args.world}")
     if args.world == 1:
         return
     if args.command == "render" or args.batch_size % args.world:
@@ -1500,43 +1523,45 @@ def accelerate(model, args):
 
 
 @contextlib.contextmanager
+def claimed(folder):
+    """Make a folder, and lock it until the end, or until this process ends in whatever way."""
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        yield
+        return
+    claim = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(claim, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(f"--out {folder}: another process is at work in it") from None
+        except OSError:  # a file system without locks
+            pass
+        yield
+    finally:
+        os.close(claim)
+
+
+@contextlib.contextmanager
 def open_run(args):
-    """The folder of a run, claimed for this process and its ranks. A new run writes its settings to
+    """The folder of a run, for this process and its ranks alone. A new run writes its settings to
     args.json: they are all that `resume` needs besides last.pt. No run is overwritten."""
-    out, claim = Path(args.out), None
-    if args.lead:
+    out = Path(args.out)
+    if not args.lead:
+        yield
+        return
+    with claimed(out):
         if not args.resume and (out / "last.pt").exists():
             raise InputError(f"--out {out}: holds a run; give another --out, or `resume {out}`")
-        out.mkdir(parents=True, exist_ok=True)
-        claim = claim_folder(out)
-    try:
-        if args.lead and not args.resume:
+        if not args.resume:
             gpu = torch.cuda.get_device_name() if args.device.startswith("cuda") else None
             settings = {k: v for k, v in vars(args).items() if k not in ("resume", "rank", "lead")}
             write_json(out / "args.json", settings | dict(
                 processor=gpu or torch.backends.cpu.get_cpu_capability(), commit=git_commit(),
                 torch=torch.__version__, threads=torch.get_num_threads()))
         yield
-    finally:
-        if claim is not None:
-            os.close(claim)
-
-
-def claim_folder(folder):
-    """Lock a folder until the result is closed, or this process ends in whatever way."""
-    try:
-        import fcntl
-    except ImportError:  # Windows
-        return None
-    claim = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(claim, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(claim)
-        raise InputError(f"--out {folder}: another process is at work in it") from None
-    except OSError:  # a file system without locks
-        pass
-    return claim
 
 
 def note_images(args, dataset, *sets):
@@ -1544,11 +1569,10 @@ def note_images(args, dataset, *sets):
     counts = " + ".join(f"{len(data):,}" for data in sets)
     fingerprint = zlib.crc32(repr([data.fingerprint for data in sets]).encode())
     text = f"{len(dataset.classes)} classes, {counts} images, fingerprint {fingerprint:08x}"
-    if getattr(dataset, "left_out", 0):
-        text += f" ({dataset.left_out} files left out: no images, or of no class)"
     if not args.lead:
         return
-    say(text)
+    left_out = getattr(dataset, "left_out", 0)
+    say(text + f" ({left_out} files left out: no images, or of no class)" * (left_out > 0))
     with blaming(f"resume {args.out}: args.json"):
         file = Path(args.out) / "args.json"
         saved = json.loads(file.read_text())
@@ -1604,8 +1628,11 @@ class Run:
         with blaming(f"resume: {last} is no run of this version; --ckpt starts from its weights"):
             if not all(t.isfinite().all() for t in saved["model"].values()):
                 raise ValueError("a weight is not finite")
+            if saved["args"]["optimizer"] != self.args.optimizer or saved["step"] < 0:
+                raise ValueError("the optimizer was another, or the step is below 0")
             self.step, self.seconds = int(saved["step"]), float(saved["seconds"])
             self.log = [dict(r, step=int(r["step"]), images=int(r["images"])) for r in saved["log"]]
+            json.dumps(self.log)  # plain values, or an error
             self.sums.copy_(saved["sums"])
             self.model.load_state_dict(saved["model"])
             state, optimizer = saved["optimizer"]["state"], self.optimizer
@@ -1681,7 +1708,7 @@ class Run:
 
     def refuse(self):
         raise InputError(f"--lr {self.args.lr}: the loss or a weight at step {self.step} is not "
-                         "finite, nothing is saved; lower --lr")
+                         "finite, nothing is saved; lower --lr or --weight-decay")
 
     def save(self):
         """last.pt, if all weights are finite."""
@@ -1792,16 +1819,17 @@ class Probe(nn.Module):
 
 def render(args):
     """Write the images of --source to OUT/<class>/<number>.png, as ImageFolder reads them."""
-    out = Path(args.out)
-    if Path(f"{out}.json").exists() or any(out.glob("*")):
-        raise InputError(f"--out {out}: must be empty, without {out}.json")
-    data = source_data(args)
-    for i in torch.arange(len(data)).split(1000):
-        for number, image, label in zip(i.tolist(), *(t.cpu() for t in data[i])):
-            folder = out / f"{label:05d}"  # alphabetical is numerical
-            folder.mkdir(parents=True, exist_ok=True)
-            T.to_pil_image(image).save(folder / f"{number}.png")
-    write_json(f"{out}.json", data.omega)
+    out = Path(args.out).resolve()
+    with claimed(out):
+        if Path(f"{out}.json").exists() or any(out.iterdir()):
+            raise InputError(f"--out {out}: must be empty, without {out}.json")
+        data = source_data(args)
+        for i in torch.arange(len(data)).split(1000):
+            for number, image, label in zip(i.tolist(), *(t.cpu() for t in data[i])):
+                folder = out / f"{label:05d}"  # alphabetical is numerical
+                folder.mkdir(exist_ok=True)
+                T.to_pil_image(image).save(folder / f"{number}.png")
+        write_json(f"{out}.json", data.omega)
     say(f"{len(data)} images in {out}, what they were drawn from in {out}.json")
 
 
@@ -2007,6 +2035,8 @@ def words_of_run(folder, root):
     """The command line that repeats the settings of the run in a folder."""
     with blaming(f"resume {folder}: has no settings of this version"):
         saved = json.loads((Path(folder) / "args.json").read_text()) | dict(out=folder)
+        if root and saved["command"] == "pretrain" and saved["source"] != "folder":
+            raise InputError("--root: has no effect on this run; leave it out")
         saved |= dict(root=root) if root else {}
         world, device = int(os.environ.get("WORLD_SIZE", 1)), saved["device"].partition(":")[0]
         if world != saved["world"]:
@@ -2098,8 +2128,7 @@ def main(argv=None):
     except OSError as error:  # a full disk, no permission
         reason = f"--out or --root: {error}"
     except (RuntimeError, MemoryError) as error:
-        full = isinstance(error, (torch.OutOfMemoryError, MemoryError))
-        if not full and "allocate memory" not in str(error):  # what torch says of a CPU's memory
+        if not memory_is_full(error):
             raise
         sizes = [f for f in ("batch_size", "img_size", "canvas", "points", "L") if hasattr(args, f)]
         reason = f"memory is full; lower --{', --'.join(sizes).replace('_', '-')}"

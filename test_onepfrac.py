@@ -1149,6 +1149,21 @@ def test_a_folder_is_what_it_says_or_is_refused(image_folder, tmp_path, refused,
     assert re.search(r"^2 classes, 80 \+ 20 images, fingerprint [0-9a-f]{8} \(2 files left out", printed)
 
 
+def test_small_images_odd_names_and_ranks_alone_are_handled(tmp_path, refused, image_folder, monkeypatch):
+    x = torch.rand(15, 3, 2, 2) * 255                           # smaller than the window of "sharpness"
+    assert op.apply_op(x, torch.arange(15), torch.full((15,), 0.5)).isfinite().all()
+    fine = ["finetune", "--data", "folder", "--root", image_folder, *TINY, "--out", tmp_path / "run"]
+    assert "--batch-size" in refused(*fine, "--probe", 1, "--batch-size", 1)
+    assert "--holdout" in refused(*fine, "--holdout", 0.9, "--train-per-class", 1, "--batch-size", 1)
+    latin = io.TextIOWrapper(io.BytesIO(), "ascii")
+    op.say("\u56fe", file=latin)                                # a terminal that cannot show it
+    assert latin.buffer.getvalue() == b"'\\u56fe'\n"
+    with op.claimed(tmp_path / "busy"):                         # another render is at work there
+        assert "another process" in refused("render", *SMALL[:6], "--device", "cpu", "--out", tmp_path / "busy")
+    monkeypatch.setenv("RANK", "1")
+    assert "torchrun" in refused("pretrain", *SMALL, *TINY, "--out", tmp_path / "run")
+
+
 def test_a_run_names_its_images_and_goes_on_only_with_them(tmp_path, refused, capsys):
     root = stripes(tmp_path / "stripes")
 
@@ -1163,6 +1178,8 @@ def test_a_run_names_its_images_and_goes_on_only_with_them(tmp_path, refused, ca
         other.parent.mkdir(parents=True, exist_ok=True)
         Image.open(path).convert("RGB").save(other, lossless=True)
     assert line(tmp_path / "copy", "second") == first
+    (root / "train" / ".DS_Store").touch()                      # of no consequence
+    assert main("resume", tmp_path / "first") == 0 and first in capsys.readouterr().out
     Image.open(root / "train" / "down" / "3.png").point(lambda v: v // 2).save(root / "train" / "down" / "3.png")
     assert line(root, "third") != first                         # a JPEG copy, say
     assert "other images" in refused("resume", tmp_path / "first")
@@ -1547,6 +1564,8 @@ def test_checkpoints_of_timm_and_of_the_authors_load(tmp_path):
 
 def test_a_file_of_something_else_is_told_by_its_name(tmp_path):
     model, file = op.ViT(16, 8, 5, 16, 1, 2), tmp_path / "x.pt"
+    with pytest.raises(op.InputError, match="no such file"):    # a folder, a pipe, nothing
+        op.load_weights(model, tmp_path)
     for write, told in (
             (lambda: file.write_bytes(b""), "the file is empty"),
             (lambda: file.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:1"), "git lfs pull"),
