@@ -4,7 +4,10 @@ kills        kill -9 at random moments of a pre-training that saves at every sec
 stops        SIGINT, SIGTERM or SIGHUP at random moments, of pre-training and of fine-tuning, then resume: the same bits?
 disk         a limit on the size of files, at random, while a run goes on from its checkpoint
 checkpoints  bytes flipped, cut off, overwritten; structures with parts exchanged; pickles with code in them
+weights      checkpoints as others write them: prefixes, wrappers, no checksums, half precision; and foreign objects
 images       folders with one hostile file: cut off, spoilt, of every mode, gigantic, extremely long, no image at all
+folders      odd folders: classes that vanish, hidden ones, other endings, links, depths; images added before a resume
+outputs      a pipe that is closed at a random moment, a full device; two runs that start into one folder
 
 Every command runs in a process of its own, a fork of this one. Writes results/faults.md; the tests run a few of each.
 """
@@ -334,9 +337,144 @@ def images(count, rng, folder):
     return found
 
 
+def weights(count, rng, folder):
+    whole = folder / "whole"
+    length(PRE, whole)
+    state, file = torch.load(whole / "last.pt", weights_only=True)["model"], folder / "other.pt"
+    found = dict(files=0, read=0, refused_in_one_line=0, otherwise=0)
+    for _ in range(count):
+        prefix = "".join(rng.sample(("module.", "_orig_mod.", "model."), rng.randrange(4)))
+        content = {prefix + name: t.half() if rng.random() < 0.2 else t for name, t in state.items()}
+        for wrapper in rng.sample(("model", "state_dict", "model_state_dict"), rng.randrange(2)):
+            content = {wrapper: content, "epoch": 7}
+        foreign = rng.random() < 0.3
+        if foreign:
+            content = rng.choice(({**content, "extra": Code(print, ("executed",))}, 5, "text", [1, 2], torch.zeros(3),
+                                  {"weight": torch.zeros(2)}, {"model": 7}, torch.nn.Linear(2, 2)))
+        torch.serialization.set_crc32_options(rng.random() < 0.5)
+        torch.save(content, file)
+        torch.serialization.set_crc32_options(True)
+        status, output = forked([*FINE, "--root", folder / "images", "--epochs", "0.01", "--ckpt", file, "--out",
+                                 folder / "tuned"])
+        shutil.rmtree(folder / "tuned", ignore_errors=True)
+        found["files"] += 1
+        found["read"] += status == 0
+        found["refused_in_one_line"] += one_line(status, output)
+        if (not one_line(status, output) if foreign else status != 0) or "executed" in output:
+            found["otherwise"] += 1
+            print(prefix, foreign, status, output[-1500:], file=sys.stderr)
+    return found
+
+
+def odd_folder(kind, rng, root):
+    """Changes a folder of two classes -> what the run must print, or None if it must be refused."""
+    part = rng.choice(("train", "test"))
+    if kind == "vanish":
+        shutil.rmtree(root / part / "b")
+        return None
+    if kind == "alone":
+        for split in ("train", "test"):
+            shutil.rmtree(root / split / "b")
+        return None
+    if kind == "hidden":
+        shutil.copytree(root / part / "a", root / part / rng.choice((".ipynb_checkpoints", ".git", "..x")))
+        return "left out" if part == "train" else "2 classes"
+    if kind == "ending":
+        (root / "train" / "a" / rng.choice(("x.gif", "notes.txt", "Thumbs.db", "x"))).write_bytes(rng.randbytes(9))
+        return "1 files left out"
+    if kind == "empty":
+        shutil.rmtree(root / part / "b")
+        (root / part / "b").mkdir()
+        return None
+    deep = root / part / "b" / "x" / "y"
+    if kind == "deep":
+        deep.mkdir(parents=True)
+        Image.new(rng.choice(("RGB", "L", "RGBA", "CMYK")), (16, 16)).save(deep / "1.tif")
+    elif kind == "link":
+        (root / part / "b").rename(root / "elsewhere")
+        (root / part / "b").symlink_to(root / "elsewhere")
+    return "2 classes"
+
+
+def folders(count, rng, folder):
+    kinds = ("vanish", "alone", "hidden", "ending", "empty", "deep", "link")
+    found = dict(folders=0, refused_in_one_line=0, read=0, otherwise=0, resumed_with_other_images=0)
+    for k in range(count):
+        root, out = folder / "odd", folder / "run"
+        pictures(root)
+        wanted = odd_folder(kinds[k % len(kinds)], rng, root)
+        status, output = forked([*FINE, "--epochs", "1", "--root", root, "--out", out])
+        found["folders"] += 1
+        found["refused_in_one_line"] += one_line(status, output)
+        found["read"] += status == 0
+        if not (one_line(status, output) if wanted is None else status == 0 and wanted in output):
+            found["otherwise"] += 1
+            print(kinds[k % len(kinds)], status, output[-1500:], file=sys.stderr)
+        if status == 0:                         # one more image, or one less, before the run goes on
+            file = root / rng.choice(("train", "test")) / "a" / "0.png"
+            shutil.copy(file, file.with_name("new.png")) if rng.random() < 0.5 else file.unlink()
+            found["resumed_with_other_images"] += not one_line(*forked(["resume", out]))
+        shutil.rmtree(root)
+        shutil.rmtree(out, ignore_errors=True)
+    return found
+
+
+def unread(arguments, target, seconds):
+    """Run a command whose output goes to a device, or into a pipe that is closed after some seconds -> status."""
+    reader, writer = os.pipe()
+    pid = os.fork()
+    if not pid:
+        out = writer if target is None else os.open(target, os.O_WRONLY)
+        os.dup2(out, 1)
+        os.dup2(out, 2)
+        os.close(reader)
+        os.close(writer)
+        sys.stdout = sys.stderr = open(1, "w", buffering=1, closefd=False)
+        status = 99
+        try:
+            status = op.main([str(a) for a in arguments])
+        finally:
+            os._exit(status)
+    os.close(writer)
+    time.sleep(seconds)
+    os.close(reader)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def outputs(count, rng, folder):
+    whole = folder / "whole"
+    seconds = length(PRE, whole)
+    found = dict(unread_runs=0, pairs=0, lost_runs=0, other_bits=0, untidy=0)
+    for k in range(count):
+        out = folder / "run"
+        if k % 3:
+            status = unread([*PRE, "--out", out], rng.choice((None, None, "/dev/full")), rng.uniform(0, 1) * seconds)
+            found["unread_runs"] += 1
+            found["lost_runs"] += status != 0
+        else:                                   # two runs at once: one is told so in a line
+            log, pids = folder / "log", []
+            for _ in range(2):
+                pids.append(os.fork())
+                if not pids[-1]:
+                    status = 99
+                    try:
+                        sys.stdout = sys.stderr = open(log, "a", buffering=1)
+                        status = op.main([*map(str, PRE), "--out", str(out)])
+                    finally:
+                        os._exit(status)
+                time.sleep(rng.uniform(0, 0.5) * seconds)
+            status = sorted(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids)
+            found["pairs"] += 1
+            found["untidy"] += status != [0, 2] or not one_line(2, log.read_text())
+            log.unlink()
+        found["other_bits"] += not same(outcome(out), outcome(whole))
+        shutil.rmtree(out)
+    return found
+
+
 ZERO = {"unreadable", "lost_runs", "other_bits", "untidy", "without_a_clear_line", "checkpoint_spoilt",
-        "other_bits_afterwards", "otherwise", "other_weights_read", "code_executed"}
-STUDY = dict(kills=200, stops=20, disk=100, checkpoints=800, images=200)
+        "other_bits_afterwards", "otherwise", "other_weights_read", "code_executed", "resumed_with_other_images"}
+STUDY = dict(kills=200, stops=20, disk=100, checkpoints=800, weights=100, images=200, folders=100, outputs=60)
 
 
 def study(name, count, seed=0):
