@@ -2067,7 +2067,11 @@ def parse_words(words):
     first = Parser(add_help=False, allow_abbrev=False)
     first.add_argument("--recipe", default="nano")
     recipe = first.parse_known_args(words)[0].recipe
-    return make_parser(recipe if recipe in RECIPES else "nano").parse_args(words)
+    args = make_parser(recipe if str(recipe) in RECIPES else "nano").parse_args(words)
+    for name, value in vars(args).items():
+        if value == []:  # argparse's reading of --seed=--
+            raise InputError(f"--{name.replace('_', '-')}: '--' is no value; give one")
+    return args
 
 
 def parse(argv=None):

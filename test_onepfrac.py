@@ -1745,6 +1745,7 @@ PRE, FINE = "pretrain --steps 1", "finetune --data folder --root {folder}"
 BAD = {     # the flag that the one line must name: command lines
     "--delta": f"{PRE} --delta -0.1; {PRE} --delta many; {PRE} --delta nan; {PRE} --delta 100 --L 2 --points 300",
     "--sigma": f"{PRE} --sigma 0; {PRE} --sigma 6.5", "--L": f"{PRE} --L 1", "--lr": f"{PRE} --lr inf",
+    "--seed": f"{PRE} --seed=--",
     "--steps": f"{PRE} --steps 0; {PRE} --steps {'9' * 400}", "--canvas": f"{PRE} --canvas 2",
     "--points": f"{PRE} --points 0; {PRE} --texture point --points 300 --L 2", "--warmup": f"{PRE} --warmup 1",
     "--patch-size": f"{PRE} --img-size 30 --canvas 32 --points 300", "--num-maps": f"{PRE} --num-maps 1",

@@ -1,7 +1,7 @@
 """What a run survives: python results/faults.py
 
 kills        kill -9 at random moments of a pre-training that saves at every second step, gone on with after each
-stops        SIGINT, SIGTERM or SIGHUP at random moments, of pre-training and of fine-tuning, then resume: the same bits?
+stops        SIGINT, SIGTERM or SIGHUP at random moments of pre-training and of fine-tuning, then resume: the same bits?
 disk         a limit on the size of files, at random, while a run goes on from its checkpoint
 checkpoints  bytes flipped, cut off, overwritten; structures with parts exchanged; pickles with code in them
 weights      checkpoints as others write them: prefixes, wrappers, no checksums, half precision; and foreign objects

@@ -31,7 +31,7 @@ def seeded(seed=0):
 
 def test_faults_lose_nothing_and_leave_no_traceback():
     """A few of each; results/faults.py tries many."""
-    counts = dict(kills=3, stops=1, disk=3, checkpoints=16, images=22)
+    counts = dict(kills=3, stops=1, disk=3, checkpoints=16, weights=6, images=22, folders=7, outputs=3)
     code = f"import faults, json; print(json.dumps({{k: faults.study(k, n, 1) for k, n in {counts}.items()}}))"
     done = subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True, env=ALONE)
     assert done.returncode == 0 and not done.stderr.strip(), done.stderr
