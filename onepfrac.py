@@ -1319,7 +1319,7 @@ def folder_data(dataset, chosen, args):
 
     If they are small squares of one size (sixteen are looked at) they stay as they are. Else they
     are resized and cropped to 8/7 of img_size (256 for 224). Threads read them. The fingerprint is
-    of labels and pixels; of labels, names and sizes of files if memory cannot keep the images.
+    of labels and pixels; of labels, names and sizes of files where the pixels are above 6 GiB.
     """
     chosen = torch.arange(len(dataset)) if chosen is None else chosen
     pool, keys = ThreadPoolExecutor(), torch.zeros(len(chosen), dtype=torch.long)
@@ -1337,7 +1337,10 @@ def folder_data(dataset, chosen, args):
     if len(sizes) == 1 and len(set(*sizes)) == 1:
         side = min(side, *sizes.pop())
     data = Data(labels_of(dataset)[chosen], draw, args)
-    if data.images is None and isinstance(dataset, Folder):
+    large = len(chosen) * 3 * side ** 2 > MOST_MEMORY
+    if data.images is None and not large:  # now memory cannot keep them; when resumed it may
+        list(pool.map(read_square, range(len(chosen))))
+    elif large and isinstance(dataset, Folder):
         files = [Path(dataset.samples[k][0]) for k in chosen.tolist()]
         keys = torch.tensor([seed_for(file.name, file.stat().st_size) for file in files])
     pairs = (data.labels.cpu() * 2 ** 32 + keys).sort().values  # in whatever order they came
@@ -1582,8 +1585,11 @@ def note_images(args, dataset, *sets):
         write_json(file, saved | dict(images=text, classes=list(dataset.classes)))
 
 
+MOST_MEMORY = 6 * 2 ** 30  # bytes of images that are kept
+
+
 def memory_for_images(device):
-    """How many bytes of images may be kept: half of what is free, 6 GiB at most."""
+    """How many bytes of images may be kept: half of what is free, MOST_MEMORY at most."""
     if torch.device(device).type == "cuda":
         free = torch.cuda.mem_get_info(device)[0]
     else:
@@ -1591,7 +1597,7 @@ def memory_for_images(device):
         with contextlib.suppress(OSError, ValueError):
             [available] = re.findall(r"MemAvailable: *(\d+)", Path("/proc/meminfo").read_text())
             free = 1024 * int(available) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    return min(6 * 2 ** 30, free // 2)
+    return min(MOST_MEMORY, free // 2)
 
 
 def git_commit():

@@ -1164,7 +1164,7 @@ def test_small_images_odd_names_and_ranks_alone_are_handled(tmp_path, refused, i
     assert "torchrun" in refused("pretrain", *SMALL, *TINY, "--out", tmp_path / "run")
 
 
-def test_a_run_names_its_images_and_goes_on_only_with_them(tmp_path, refused, capsys):
+def test_a_run_names_its_images_and_goes_on_only_with_them(tmp_path, refused, capsys, monkeypatch):
     root = stripes(tmp_path / "stripes")
 
     def line(root, out):
@@ -1180,6 +1180,9 @@ def test_a_run_names_its_images_and_goes_on_only_with_them(tmp_path, refused, ca
     assert line(tmp_path / "copy", "second") == first
     (root / "train" / ".DS_Store").touch()                      # of no consequence
     assert main("resume", tmp_path / "first") == 0 and first in capsys.readouterr().out
+    with monkeypatch.context() as patch:                        # less memory is free than at the first start
+        patch.setattr(op, *NO_MEMORY)
+        assert main("resume", tmp_path / "first") == 0 and first in capsys.readouterr().out
     Image.open(root / "train" / "down" / "3.png").point(lambda v: v // 2).save(root / "train" / "down" / "3.png")
     assert line(root, "third") != first                         # a JPEG copy, say
     assert "other images" in refused("resume", tmp_path / "first")
@@ -1187,6 +1190,10 @@ def test_a_run_names_its_images_and_goes_on_only_with_them(tmp_path, refused, ca
     (root / "train" / "across").rename(root / "train" / "down")
     (root / "train" / "x").rename(root / "train" / "across")
     assert "other images" in refused("resume", tmp_path / "third")
+    monkeypatch.setattr(op, "MOST_MEMORY", 100)                 # too large to read only for that: by names and sizes
+    large = line(root, "large")
+    (root / "train" / "down" / "3.png").rename(root / "train" / "down" / "other.png")
+    assert line(root, "renamed") != large != first and "other images" in refused("resume", tmp_path / "large")
 
 
 def test_full_memory_gets_one_line_that_names_what_can_be_lowered(refused, tmp_path, monkeypatch):

@@ -1,0 +1,259 @@
+"""Every reported run: what is run, the records, and the tables and figures that are made of them.
+
+    python results/experiments.py                   # print all tables from results/runs.jsonl, draw the figures
+    python results/experiments.py transfer table5   # print two tables
+    python results/experiments.py --plan table5     # print the commands whose records are missing
+    python results/experiments.py --run table5      # run them, two at a time with one thread each; again: goes on
+    python results/experiments.py --keep FOLDER     # keep the records of all finished runs under a folder
+
+--data says where CIFAR-100 is: "--data cifar100" (downloaded) or "--data folder --root DIR". A run has its folder
+under runs/, by its name. When it has ended, its record becomes a line of runs.jsonl: name, command, settings, commit,
+machine, log. A record counts as a table's if it has the name and the settings that the table gives it today.
+"""
+import argparse
+import functools
+import json
+import os
+import statistics
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+import onepfrac as op
+
+RECORDS, RUNS = HERE / "runs.jsonl", Path("runs")
+MACHINE = "device processor threads torch world".split()
+# What a result does not depend on, or what the commit and the name say.
+BESIDE = {*MACHINE, *"command out root device resume save_every log_every rank lead eval_epochs commit classes images "
+          "data precision ckpt".split()}
+
+# ---- What is run. A table: title, seeds, flags of every pre-training, flags of every fine-tuning, rows. A row: label,
+# ---- CIFAR-100 top-1 in the paper, flags of pre-training (None: from scratch; "mimetic", "impulse": weights of
+# ---- inits.py), flags of fine-tuning.
+
+MUON, SGD = "--optimizer muon --lr {} --weight-decay 0.05", "--optimizer sgd --lr {} --weight-decay 1e-4"
+FEW, SHORT = "--train-per-class 250 --eval-epochs 2", "--steps 3000"
+
+
+def tuned(*rows):
+    return [(*row, "") for row in rows]
+
+
+def sweep(flag, top1):
+    return tuned(*((str(value), paper, f"--{flag} {value}") for value, paper in top1.items()))
+
+
+TABLES = {}
+
+
+# ---- Runs, by name
+
+def slug(flags):
+    return "-".join(flags.replace("--", "").split())
+
+
+def commands(table, row, seed):
+    """{name: command} of a row: its pre-training, if it has one, then its fine-tuning."""
+    _, _, before, after = TABLES[table][2:]
+    _, _, start, tune = row
+    runs, ckpt, of_seed = {}, "", f"--seed {seed}"
+    if start is not None:
+        words = start.split()
+        kind = words[0] if words and words[0] in ("mimetic", "impulse") else "pretrain"
+        name = f"{kind}/{slug(f'{before} {start}') or 'nano'}/{seed}" if kind == "pretrain" else f"{kind}/{seed}"
+        flags = f"{before} {start}" if kind == "pretrain" else ""
+        runs[name] = " ".join(f"{kind} {flags} {of_seed}".split())
+        ckpt = f"--ckpt {RUNS}/{name}/last.pt"
+    name = f"finetune/{slug(f'{after} {tune}') or 'nano'}/{next(iter(runs), f'scratch/{seed}')}"
+    runs[name] = " ".join(f"finetune {after} {tune} {of_seed} {ckpt}".split())
+    return runs
+
+
+@functools.cache
+def settings(command):
+    """The settings that the result of a command depends on."""
+    return decisive(vars(op.parse(command.split())))
+
+
+def decisive(args):
+    return {name: value for name, value in args.items() if name not in BESIDE}
+
+
+def record_of(name, command, records):
+    """The record of a run, or None: there is none, or it is of other settings."""
+    record = records.get(name)
+    same = record and all(record["settings"].get(k) == v for k, v in settings(command).items())
+    return record if same else None
+
+
+def read_records():
+    """{name: record}"""
+    lines = RECORDS.read_text().splitlines() if RECORDS.exists() else []
+    return {record["name"]: record for record in map(json.loads, lines)}
+
+
+def keep(folder, name, command=None):
+    """Add the record of a finished run to runs.jsonl. Of the log it keeps tests, and some twenty other lines."""
+    args = json.loads((folder / "args.json").read_text())
+    log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    every = -(-len(log) // 20)
+    log = [line for k, line in enumerate(log) if "test_top1" in line or k % every == 0 or k == len(log) - 1]
+    log = [{key: round(value, 6) for key, value in line.items()} for line in log]
+    record = dict(name=name, command=command or args["command"], settings=decisive(args) | dict(
+                  images=args.get("images")), commit=args["commit"], machine={k: args[k] for k in MACHINE}, log=log)
+    with RECORDS.open("a") as file:
+        file.write(json.dumps(record) + "\n")
+
+
+# ---- Running
+
+def plan(names, records):
+    """{name: command} of the runs without a record, what others start from first."""
+    runs = {}
+    for table in names:
+        for row in TABLES[table][-1]:
+            for seed in range(TABLES[table][1]):
+                runs |= commands(table, row, seed)
+    missing = {name: command for name, command in runs.items() if not record_of(name, command, records)}
+    needed = {name for command in missing.values() for name in runs if f"{RUNS}/{name}/" in command}
+    return {name: command for name, command in runs.items()
+            if name in missing or (name in needed and not (RUNS / name / "last.pt").exists())}
+
+
+def run(name, command, data):
+    """Run a command in its folder, or go on with it; one thread."""
+    folder, (kind, *flags) = RUNS / name, command.split()
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    if kind in ("mimetic", "impulse"):
+        words = [HERE / "inits.py", kind, folder / "last.pt", *flags]
+        folder.mkdir(exist_ok=True)
+    elif (folder / "last.pt").exists():
+        words = [HERE.parent / "onepfrac.py", "resume", folder]
+    else:
+        words = [HERE.parent / "onepfrac.py", kind, *flags, *(data.split() if kind == "finetune" else ()),
+                 "--out", folder]
+    print(name, flush=True)
+    done = subprocess.run([sys.executable, *map(str, words)], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+                          text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    if done.returncode:
+        print(f"{name} failed: {done.stderr}", file=sys.stderr, flush=True)
+    elif kind in ("pretrain", "finetune"):
+        keep(folder, name, command)
+
+
+def run_all(runs, data, workers):
+    """Run first what others start from."""
+    first = {name for name in runs if any(f"{RUNS}/{name}/" in command for command in runs.values())}
+    for some in (first, runs.keys() - first):
+        with ThreadPoolExecutor(workers) as pool:
+            list(pool.map(lambda name: run(name, runs[name], data), [name for name in runs if name in some]))
+
+
+# ---- Showing
+
+def spread(values, digits=1):
+    """Mean (standard deviation), or one value, or that there is none."""
+    text = f"{statistics.mean(values):.{digits}f}" if values else "not run"
+    return text + (f" ({statistics.stdev(values):.{digits}f})" if len(values) > 1 else "")
+
+
+def found(table, row, records):
+    """Of each seed that has a record: the record, and that of its pre-training (or None)."""
+    pairs = []
+    for seed in range(TABLES[table][1]):
+        *before, tested = (record_of(*run, records) for run in commands(table, row, seed).items())
+        if tested:
+            pairs.append((tested, before[0] if before else None))
+    return pairs
+
+
+def show(table, records):
+    """A table in Markdown: means, standard deviations over seeds, and what pre-training learned of its own task."""
+    title, seeds, before, after, rows = TABLES[table]
+    print(f"\n**{table}: {title}.** Pre-training: `{before or 'nano'}`. Fine-tuning: `{after or 'nano'}`.\n\n"
+          "| | paper | top-1 | seeds | of its own task |\n|---|---|---|---|---|")
+    for row in rows:
+        pairs = found(table, row, records)
+        own = [first["log"][-1]["top1"] for _, first in pairs if first]
+        print(f"| {row[0]} | {row[1] or ''} | {spread([last(tested) for tested, _ in pairs])} | "
+              f"{len(pairs)} of {seeds} | {f'{statistics.mean(own):.0f}%' if own else ''} |")
+
+
+def last(record):
+    return record["log"][-1]["test_top1"]
+
+
+def show_search(records):
+    """Run by run, what was tried on held-out training images, in the order of its result."""
+    print("\n**search: tested on held-out training images.**\n\n| run | command | top-1 | commit |\n|---|---|---|---|")
+    for record in sorted((r for name, r in records.items() if name.startswith("search/")), key=lambda r: r["name"]):
+        top1 = record["log"][-1].get("test_top1", record["log"][-1].get("top1"))
+        print(f"| {record['name'].removeprefix('search/')} | `{record['command']}` | {top1:.1f} | {record['commit']} |")
+
+
+def draw(path, panels):
+    """A row of panels (title, x label, log scale?, lines), lines: {label: [(x, [top-1 of each seed])]}."""
+    import matplotlib
+    matplotlib.use("agg")
+    from matplotlib import pyplot as plt
+    figure, axes = plt.subplots(1, len(panels), figsize=(1.5 + 4 * len(panels), 3.6), layout="constrained",
+                                squeeze=False)
+    for axis, (title, x_label, log, lines) in zip(axes[0], panels):
+        for k, (label, points) in enumerate(lines.items()):
+            axis.plot([x for x, _ in points], [statistics.mean(y) for _, y in points], f"C{k}o-", ms=4, label=label)
+            axis.plot([x for x, ys in points for _ in ys], [y for _, ys in points for y in ys], f"C{k}.", ms=3)
+        axis.set(title=title, xlabel=x_label, xscale="log" if log else "linear")
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=8)
+    axes[0, 0].set_ylabel("top-1 on CIFAR-100 (%)")
+    figure.savefig(path, dpi=130)
+
+
+def curves(table, records):
+    """Test accuracy over the course of fine-tuning: the lines of a panel."""
+    lines = {}
+    for row in TABLES[table][-1]:
+        tests = [[line for line in tested["log"] if "test_top1" in line] for tested, _ in found(table, row, records)]
+        if tests:
+            lines[row[0]] = [(some[0]["images"] / 1000, [line["test_top1"] for line in some]) for some in zip(*tests)]
+    return lines
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", metavar="TABLE", help=f"of {', '.join(TABLES)}, search; default: all")
+    parser.add_argument("--plan", action="store_true", help="print the commands of what is missing")
+    parser.add_argument("--run", action="store_true", help="run them")
+    parser.add_argument("--keep", type=Path, metavar="FOLDER", help="keep the records of the runs under it")
+    parser.add_argument("--data", default="--data cifar100", help="flags: where CIFAR-100 is")
+    parser.add_argument("--workers", type=int, default=2, help="runs at a time")
+    args = parser.parse_args()
+    if unknown := {*args.names} - {*TABLES, "search"}:
+        parser.error(f"no table {', '.join(unknown)}; there are {', '.join(TABLES)}, search")
+    records = read_records()
+    names = [name for name in args.names or TABLES if name in TABLES]
+    if args.keep:
+        for file in sorted(args.keep.rglob("curve.png")):       # a run draws it when it ends
+            name = str(file.parent.relative_to(args.keep))
+            if name not in records:
+                keep(file.parent, name)
+    elif args.plan or args.run:
+        runs = plan(names, records)
+        if args.run:
+            run_all(runs, args.data, args.workers)
+        else:
+            print(*(f"{command} --out {RUNS}/{name}" for name, command in runs.items()), sep="\n")
+    else:
+        for name in names:
+            show(name, records)
+        if not args.names or "search" in args.names:
+            show_search(records)
+        if not args.names:
+            draw_figures(records)
+
+
+if __name__ == "__main__":
+    main()
