@@ -75,7 +75,7 @@ transfer() {
 controls() {
     fractals
     for seed in $seeds; do
-        "$python" results/mimetic.py "runs/mimetic-$seed.pt" --recipe "$recipe" --seed "$seed"
+        "$python" results/inits.py mimetic "runs/mimetic-$seed.pt" --recipe "$recipe" --seed "$seed"
         once finetune "runs/from-mimetic-$seed" --recipe "$recipe" --ckpt "runs/mimetic-$seed.pt" $data $subset \
             --seed "$seed"
         once finetune "runs/few-fractal-$seed" --recipe "$recipe" --ckpt "runs/fractal-$seed/last.pt" $data \

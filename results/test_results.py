@@ -1,4 +1,4 @@
-"""Tests of the scripts in results/: faults, logistic regression, mimetic weights, tables, reproduce.sh, speed."""
+"""Tests of the scripts in results/: faults, initial weights, logistic regression, tables, reproduce.sh, speed."""
 import argparse
 import json
 import os
@@ -16,8 +16,8 @@ from PIL import Image
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
 import faults
+import inits
 import logistic
-import mimetic
 import onepfrac as op
 import speed
 import tables
@@ -84,12 +84,12 @@ def test_logistic_regression_leaves_a_record_for_the_tables(tmp_path, capsys):
 def test_mimetic_weights_have_the_products_of_the_paper():
     """One head: query times key is 0.7 Z + 0.7 I, value times output 0.4 Z - 0.4 I, where Z ~ N(0, 1 / dim)."""
     torch.manual_seed(0)
-    model = mimetic.mimetic(op.ViT(32, 8, 10, 128, 2, 1))
+    model = inits.mimetic(op.ViT(32, 8, 10, 128, 2, 1))
     query, key, value = model.blocks[1].attn.qkv.weight.detach().view(3, 128, 128)
     for product, alpha, beta in ((query.T @ key, 0.7, 0.7), (value.T @ model.blocks[1].attn.proj.weight.T, 0.4, -0.4)):
         z = (product - beta * torch.eye(128)) / alpha * 128 ** 0.5
         assert abs(z.mean()) < 0.05 and 0.97 < z.std() < 1.03
-    attention = mimetic.mimetic(op.ViT(32, 8, 10, 128, 2, 2)).blocks[0].attn        # a head has half of the ranks
+    attention = inits.mimetic(op.ViT(32, 8, 10, 128, 2, 2)).blocks[0].attn          # a head has half of the ranks
     query, key, _ = attention.qkv.weight.detach().view(3, 2, 64, 128)
     heads = query.transpose(1, 2) @ key
     assert (torch.linalg.matrix_rank(heads) == 64).all() and not heads[0].allclose(heads[1], atol=0.1)
@@ -97,6 +97,36 @@ def test_mimetic_weights_have_the_products_of_the_paper():
     position = F.normalize(model.pos_embed[0, 1:].detach(), dim=1)
     near = (position @ position.T).view(4, 4, 4, 4)
     assert near[1, 1, 1, 2] > near[1, 1, 3, 3]                  # neighbours are alike
+
+
+@pytest.mark.parametrize("dim, heads, patch", [(96, 3, 8), (192, 3, 4), (144, 9, 8)])     # nano; larger; all offsets
+def test_impulse_weights_look_at_neighbours(dim, heads, patch):
+    """Each patch at the one next to it that its head is for, if only some of what a token holds is not its position."""
+    torch.manual_seed(0)
+    model, side = inits.impulse(op.ViT(32, patch, 10, dim, 2, heads)), 32 // patch
+    token = model.pos_embed[0].detach().clone()
+    assert 0.3 < token.std() < 0.4
+    token[1:] += 0.15 * torch.randn(side * side, dim)
+    token = (token - token.mean(1, True)) / token.std(1, keepdim=True)
+    offsets = [(0, 0), (-1, 0), (0, 1), (0, -1), (1, 0), (-1, -1), (-1, 1), (1, -1), (1, 1)]
+    for block in model.blocks:
+        weight = block.attn.qkv.weight.detach()
+        query, key, _ = (token @ weight.T).view(-1, 3, heads, dim // heads).permute(1, 2, 0, 3)
+        attention = (query @ key.mT / (dim // heads) ** 0.5).softmax(2)         # (heads, 1 + patches, 1 + patches)
+        for seen, (down, right) in zip(attention, offsets):
+            for row in range(side):
+                for column in range(side):
+                    here = seen[1 + row * side + column]
+                    if 0 <= row + down < side and 0 <= column + right < side:
+                        assert here[1 + (row + down) * side + column + right] > 0.8
+                    else:
+                        assert here.max() < 0.7
+        rest = weight.view(3, heads, dim // heads, dim)[:2, :, side * side:]
+        assert (rest.norm(dim=3) > 0.1).all()                                   # zeros would stay zero
+        product = weight[2 * dim:].T @ block.attn.proj.weight.detach().T
+        assert -0.5 < product.diagonal().mean() < -0.3                          # as in mimetic weights
+    first, second = (block.attn.qkv.weight for block in model.blocks)
+    assert not first[:dim].allclose(second[:dim], atol=1e-3)
 
 
 def record_of(recipe, row, seed, top1, data="cifar100", without=(), **changes):
