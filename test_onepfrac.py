@@ -1885,7 +1885,8 @@ def test_every_default_of_every_recipe_is_a_value_that_its_flag_takes():
 
 def test_recipes_have_their_values_and_any_flag_overrides_them():
     nano, small, paper = (resolved("pretrain", "--recipe", r, "--device", "cpu") for r in ("nano", "small", "paper"))
-    assert [a.L for a in (nano, small, paper)] == [64, 1000, 1000] and nano.lr == 1e-3 and paper.lr == 5e-4
+    assert [a.L for a in (nano, small, paper)] == [64, 1000, 1000] and nano.lr == 2e-3 and paper.lr == 5e-4
+    assert (nano.optimizer, nano.batch_size, nano.steps, paper.optimizer) == ("muon", 128, 4700, "adamw")
     assert (paper.canvas, paper.points, paper.img_size, paper.patch_size) == (512, 100_000, 224, 16)
     assert paper.randaug and paper.mixup and paper.cutmix and paper.erase and not nano.randaug
     assert paper.drop_path == 0.1 and paper.batch_size == 256

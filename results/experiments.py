@@ -24,7 +24,7 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 import onepfrac as op
 
-RECORDS, RUNS = HERE / "runs.jsonl", Path("runs")
+RECORDS, RUNS, INITS = HERE / "runs.jsonl", Path("runs"), ("mimetic", "impulse")
 MACHINE = "device processor threads torch world".split()
 # What a result does not depend on, or what the commit and the name say.
 BESIDE = {*MACHINE, *"command out root device resume save_every log_every rank lead eval_epochs commit classes images "
@@ -34,8 +34,11 @@ BESIDE = {*MACHINE, *"command out root device resume save_every log_every rank l
 # ---- CIFAR-100 top-1 in the paper, flags of pre-training (None: from scratch; "mimetic", "impulse": weights of
 # ---- inits.py), flags of fine-tuning.
 
-MUON, SGD = "--optimizer muon --lr {} --weight-decay 0.05", "--optimizer sgd --lr {} --weight-decay 1e-4"
-FEW, SHORT = "--train-per-class 250 --eval-epochs 2", "--steps 3000"
+FEW = "--train-per-class 250"
+SCRATCH = ""                                    # what training from scratch likes better than the recipe's
+SGD, ADAMW = "--optimizer sgd --lr 0.2 --weight-decay 1e-4", "--optimizer adamw --lr 1e-3"
+SHORT, BRIEF = "--steps 1500", f"{FEW} --epochs 3"
+MANY = "--categories 64 --instances 64"
 
 
 def tuned(*rows):
@@ -46,7 +49,55 @@ def sweep(flag, top1):
     return tuned(*((str(value), paper, f"--{flag} {value}") for value, paper in top1.items()))
 
 
-TABLES = {}
+def starts(flags):
+    """Rows of every start with the same flags of fine-tuning."""
+    return [(label, None, start, flags) for label, start in (
+        ("from one fractal", ""), ("impulse initialisation", "impulse"), ("mimetic initialisation", "mimetic"),
+        ("from scratch", None))]
+
+
+TABLES = {
+    "transfer": ("250 images a class, 8 epochs", 3, "", FEW, [
+        *starts("")[:3], ("from scratch", None, None, SCRATCH)]),
+    "optimizers": ("the same with other optimizers", 1, "", FEW, [
+        (f"{name}, {label}", *rest) for name, flags in (("SGD", SGD), ("AdamW", ADAMW))
+        for label, *rest in starts(flags)]),
+    "try": ("README's experiments", 1, "--steps 1000", "--train-per-class 250 --epochs 2", [
+        *tuned(("the default", None, ""), ("Delta 0.001", None, "--delta 0.001"), ("without crops", None, "--no-crop"),
+               ("noise", None, "--source gaussian --texture random"), ("another fractal", None, "--fractal-seed 0"),
+               ("edges of a photograph", None, "--source image --edges canny")),
+        ("from scratch", None, None, "")]),
+    "few": ("25 images a class, 8 epochs", 3, "", "--train-per-class 25", [
+        starts("")[0], ("from scratch", None, None, SCRATCH)]),
+    "table2": ("FractalDB, OFDB and 1p-frac", 3, SHORT, BRIEF, tuned(
+        ("scratch", 64.2, None), ("FractalDB", 81.6, MANY), ("OFDB", 84.0, "--categories 64"), ("1p-frac", 84.2, ""))),
+    "table3": ("contours", 1, SHORT, BRIEF, tuned(
+        ("RCDB", 81.6, f"--source rcdb {MANY}"), ("RCDB, one a category", 80.4, "--source rcdb --categories 64"),
+        ("RCDB, one image", 82.5, "--source rcdb"), ("Visual Atoms", 84.9, f"--source va {MANY}"),
+        ("Visual Atoms, one a category", 82.1, "--source va --categories 64"),
+        ("Visual Atoms, one image", 82.6, "--source va"))),
+    "table4": ("one image of noise, in random 3x3 masks", 1, f"{SHORT} --texture random", BRIEF, tuned(
+        ("Gaussian", 1.1, "--source gaussian"), ("uniform", 2.0, "--source uniform"), ("1p-frac", 84.2, ""))),
+    "table5": ("perturbation degree Delta", 3, SHORT, BRIEF, sweep("delta", {
+        0.001: 1.2, 0.01: 19.9, 0.05: 83.0, 0.1: 84.2, 0.2: 83.4, 1.0: 82.6})),
+    "table6": ("sigma-factor", 1, SHORT, BRIEF, sweep("sigma", {
+        3.5: 84.2, 4.0: 82.8, 4.5: 81.9, 5.0: 82.2, 6.0: 81.3})),
+    "table7": ("number of perturbations L", 3, SHORT, BRIEF, sweep("L", {16: 78.7, 64: 82.3, 512: 82.4, 1000: 84.2})),
+    "table9": ("augmentation of pre-training, the recipe with one switch turned", 1, SHORT, BRIEF, tuned(
+        ("nano", None, ""), ("without crops", 80.1, "--no-crop"), ("without changes of aspect", 83.6, "--no-aspect"),
+        ("without jitter", None, "--no-jitter"), ("with RandAugment", None, "--randaug"), ("with erasing", None, "--erase"),
+        ("with mixup", None, "--mixup"), ("with cutmix", None, "--cutmix"),
+        ("with mixup and cutmix", None, "--mixup --cutmix"), ("with flips", None, "--flip"))),
+    "table11": ("one photograph (the paper: mean of five) under affine warps", 1, SHORT, BRIEF, tuned(
+        ("RGB", 81.6, "--source image"), ("edges", 82.2, "--source image --edges canny"))),
+    "table12": ("the edges of one photograph (the paper: mean of five) under warps", 1,
+                f"{SHORT} --source image --edges canny", BRIEF, tuned(
+                    ("affine", 81.9, ""), *((warp, top1, f"--warp {warp}") for warp, top1 in (
+                        ("homography", None), ("elastic", 37.0), ("polynomial", 81.3))))),
+    "table13": ("random patch augmentation", 1, SHORT, BRIEF, tuned(
+        ("OFDB", 84.0, "--categories 64 --texture random"), ("1p-frac", 84.2, "--texture random"),
+        ("OFDB w/ Aug.", 85.3, "--categories 64 --texture fresh"), ("1p-frac w/ Aug.", 84.7, "--texture fresh"))),
+}
 
 
 # ---- Runs, by name
@@ -57,19 +108,17 @@ def slug(flags):
 
 def commands(table, row, seed):
     """{name: command} of a row: its pre-training, if it has one, then its fine-tuning."""
-    _, _, before, after = TABLES[table][2:]
+    before, after = TABLES[table][2:4]
     _, _, start, tune = row
-    runs, ckpt, of_seed = {}, "", f"--seed {seed}"
-    if start is not None:
-        words = start.split()
-        kind = words[0] if words and words[0] in ("mimetic", "impulse") else "pretrain"
-        name = f"{kind}/{slug(f'{before} {start}') or 'nano'}/{seed}" if kind == "pretrain" else f"{kind}/{seed}"
-        flags = f"{before} {start}" if kind == "pretrain" else ""
-        runs[name] = " ".join(f"{kind} {flags} {of_seed}".split())
-        ckpt = f"--ckpt {RUNS}/{name}/last.pt"
-    name = f"finetune/{slug(f'{after} {tune}') or 'nano'}/{next(iter(runs), f'scratch/{seed}')}"
-    runs[name] = " ".join(f"finetune {after} {tune} {of_seed} {ckpt}".split())
-    return runs
+    if start is None:
+        start, name, ckpt, runs = "", "scratch", "", {}
+    else:
+        command = start if start in INITS else f"pretrain {before} {start}"
+        name = start if start in INITS else slug(f"{before} {start}") or "nano"
+        ckpt = f"--ckpt {RUNS}/starts/{name}/{seed}/last.pt"
+        runs = {f"starts/{name}/{seed}": " ".join(f"{command} --seed {seed}".split())}
+    name = f"{slug(f'{after} {tune}') or 'nano'}/{name}/{seed}"
+    return runs | {name: " ".join(f"finetune {after} {tune} --seed {seed} {ckpt}".split())}
 
 
 @functools.cache
@@ -117,7 +166,8 @@ def plan(names, records):
         for row in TABLES[table][-1]:
             for seed in range(TABLES[table][1]):
                 runs |= commands(table, row, seed)
-    missing = {name: command for name, command in runs.items() if not record_of(name, command, records)}
+    missing = {name: command for name, command in runs.items()         # initial weights are no runs
+               if not command.startswith(INITS) and not record_of(name, command, records)}
     needed = {name for command in missing.values() for name in runs if f"{RUNS}/{name}/" in command}
     return {name: command for name, command in runs.items()
             if name in missing or (name in needed and not (RUNS / name / "last.pt").exists())}
@@ -127,7 +177,7 @@ def run(name, command, data):
     """Run a command in its folder, or go on with it; one thread."""
     folder, (kind, *flags) = RUNS / name, command.split()
     folder.parent.mkdir(parents=True, exist_ok=True)
-    if kind in ("mimetic", "impulse"):
+    if kind in INITS:
         words = [HERE / "inits.py", kind, folder / "last.pt", *flags]
         folder.mkdir(exist_ok=True)
     elif (folder / "last.pt").exists():
@@ -140,7 +190,7 @@ def run(name, command, data):
                           text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     if done.returncode:
         print(f"{name} failed: {done.stderr}", file=sys.stderr, flush=True)
-    elif kind in ("pretrain", "finetune"):
+    elif kind not in INITS:
         keep(folder, name, command)
 
 
@@ -220,6 +270,10 @@ def curves(table, records):
         if tests:
             lines[row[0]] = [(some[0]["images"] / 1000, [line["test_top1"] for line in some]) for some in zip(*tests)]
     return lines
+
+
+def draw_figures(records):
+    draw(HERE / "transfer.png", [("250 images a class", "thousands of images seen", False, curves("transfer", records))])
 
 
 def main():

@@ -3,7 +3,7 @@
 The transfer protocol of "Fake it till you make it" (arXiv 2212.08420): features of whole images from the first k
 blocks, standardised, and a linear classifier that L-BFGS fits until it has converged. A fifth of the training images
 chooses the strength of the regularisation. Prints a line of JSON. Like a run, it has a folder with args.json and
-log.jsonl, which tables.py reads.
+log.jsonl.
 """
 import json
 import sys

@@ -10,6 +10,7 @@ rendering     a compiled chaos game, point by point (numba, where it is installe
 generator     the authors' generator, one image
 augmentation  timm's transforms and PIL in a DataLoader over rendered PNG files (timm, where it is installed)
 step          the training step of timm's Vision Transformer, the same shapes (timm, where it is installed)
+nano          all training steps of nano's pre-training, and of its older setting (21,000 of AdamW, in batches of 64)
 memory        what rendering 21,000 images needs besides the images
 scaling       rendering at twice the points, images, pixels; pre-training with L = 21,000 against 1,000
 
@@ -304,6 +305,22 @@ def step(args):
     return result
 
 
+def nano(args, some=20):
+    """Minutes of the bare steps, from `some` of them at a time."""
+    ways = {"nano": "", "adamw": "--optimizer adamw --lr 1e-3 --batch-size 64 --steps 21000"}
+    settings = {name: parse(["pretrain", *flags.split()]) for name, flags in ways.items()}
+
+    def steps(args):
+        model = op.make_model(args, args.L)
+        x, target = torch.randn(args.batch_size, 3, 32, 32), torch.arange(args.batch_size) % args.L
+        optimizer = op.make_optimizer(model, args)
+        return lambda: [op.train_step(model, optimizer, x, target, args.lr, args) for _ in range(some)]
+
+    seconds = take_turns({name: steps(args) for name, args in settings.items()}, 7)
+    minutes = {name: round(min(times) / some * settings[name].steps / 60, 2) for name, times in seconds.items()}
+    return dict(seconds=seconds, minutes=minutes, nano_over_adamw=round(minutes["nano"] / minutes["adamw"], 3))
+
+
 def memory(args, images=21_000):
     """The largest memory a process of its own had, less that of the same process with one image."""
     # getrusage would count what this process, the child's parent, had: Linux hands it down
@@ -344,7 +361,7 @@ def scaling(args):
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     every = dict(limits=limits, rendering=rendering, generator=generator, augmentation=augmentation, step=step,
-                 memory=memory, scaling=scaling)
+                 nano=nano, memory=memory, scaling=scaling)
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(every)}")
     parser.add_argument("--authors", metavar="FOLDER")
     parser.add_argument("--flags", default="", help="of pretrain, for limits")

@@ -1,4 +1,4 @@
-"""Tests of the scripts in results/: faults, initial weights, logistic regression, tables, reproduce.sh, speed."""
+"""Tests of the scripts in results/: faults, logistic regression, initial weights, experiments, speed."""
 import argparse
 import json
 import os
@@ -15,12 +15,12 @@ from PIL import Image
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
+import experiments
 import faults
 import inits
 import logistic
 import onepfrac as op
 import speed
-import tables
 
 ALONE = {**os.environ, "OMP_NUM_THREADS": "1"}
 
@@ -70,15 +70,13 @@ def test_regularisation_is_chosen_without_the_test_set():
     assert right["decay"] == wrong["decay"] and right["test_top1"] > 60 > wrong["test_top1"]
 
 
-def test_logistic_regression_leaves_a_record_for_the_tables(tmp_path, capsys):
+def test_logistic_regression_writes_its_result(tmp_path, capsys):
     faults.pictures(tmp_path / "images")                        # of two colours
-    for k in (1, 6):
-        logistic.main(["--device", "cpu", "--data", "folder", "--root", str(tmp_path / "images"), "--batch-size", "16",
-                       "--probe", str(k), "--out", str(tmp_path / "runs" / str(k))])
-    first, last = tables.of_folders(tmp_path / "runs")
-    assert (first["command"], first["settings"]["probe"], last["settings"]["probe"]) == ("logistic", 1, 6)
-    printed = [json.loads(line) for line in capsys.readouterr().out.splitlines() if line.startswith("{")]
-    assert [first["test_top1"], last["test_top1"]] == [line["test_top1"] for line in printed] == [100, 100]
+    logistic.main(["--device", "cpu", "--data", "folder", "--root", str(tmp_path / "images"), "--batch-size", "16",
+                   "--probe", "6", "--out", str(tmp_path / "run")])
+    printed = json.loads(capsys.readouterr().out.splitlines()[-1])
+    kept = json.loads((tmp_path / "run" / "log.jsonl").read_text())
+    assert printed["test_top1"] == kept["test_top1"] == 100 and printed["probe"] == 6
 
 
 def test_mimetic_weights_have_the_products_of_the_paper():
@@ -129,169 +127,81 @@ def test_impulse_weights_look_at_neighbours(dim, heads, patch):
     assert not first[:dim].allclose(second[:dim], atol=1e-3)
 
 
-def record_of(recipe, row, seed, top1, data="cifar100", without=(), **changes):
-    _, second, pretraining, _, settings = tables.planned(recipe, row, seed)
-    if pretraining:
-        pretraining = {k: v for k, v in (pretraining | changes).items() if k not in without}
-    return dict(command=second.split()[0], recipe=recipe, seed=seed, test_top1=top1, seconds=120, device="cpu",
-                commit="abc", pretrain=pretraining, settings=settings | dict(data=data),
-                pretext_top1=top1 / 2 if pretraining else None)
+def stripes(folder):
+    """A dataset of two classes: stripes across, and down."""
+    for split, n in (("train", 40), ("test", 10)):
+        for k in range(2 * n):
+            image = torch.randint(60, (16, 16), generator=seeded(k)) + 120 * (torch.arange(16) // 2 % 2)
+            path = folder / split / ("down", "across")[k % 2] / f"{k}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray((image if k % 2 == 0 else image.T).to(torch.uint8).numpy()).save(path)
+    return folder
 
 
-def write_records(path, records):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+def test_experiments_run_what_is_missing_keep_it_and_show_it(tmp_path, monkeypatch, capsys):
+    data = f"--data folder --root {stripes(tmp_path / 'data')}"
+    quick = "--batch-size 16 --img-size 16 --device cpu --precision fp32 --log-every 1"
+    monkeypatch.setattr(experiments, "RECORDS", tmp_path / "runs.jsonl")
+    monkeypatch.setattr(experiments, "RUNS", tmp_path / "runs")
+    monkeypatch.setattr(experiments, "TABLES", {"tiny": (
+        "three starts", 1, f"{quick} --steps 3 --L 4 --canvas 32 --points 500", f"{quick} --epochs 2 --eval-epochs 1", [
+            ("fractal", 84.2, "", ""), ("scratch", None, None, ""), ("mimetic", None, "mimetic", "")])})
+
+    def call(*words):
+        monkeypatch.setattr(sys, "argv", ["experiments.py", *words, "--data", data])
+        experiments.main()
+        return capsys.readouterr()
+
+    plan = call("--plan").out.splitlines()
+    assert [line.split()[0] for line in plan].count("finetune") == 3 and len(plan) == 5
+    assert "| fractal | 84.2 | not run | 0 of 1 |" in call("tiny").out
+    captured = call("--run")
+    assert not captured.err and call("--plan").out.split() == []
+    records = experiments.read_records()
+    assert len(records) == 4                                    # the weights of mimetic initialisation are no run
+    for name, record in records.items():
+        log = [json.loads(line) for line in (tmp_path / "runs" / name / "log.jsonl").read_text().splitlines()]
+        assert record["log"][-1] == {key: round(value, 6) for key, value in log[-1].items()}
+        assert record["machine"]["threads"] == 1 and record["settings"]["seed"] == int(name[-1])
+    [scratch] = [record for name, record in records.items() if "/scratch/" in name]
+    with experiments.RECORDS.open("a") as file:                 # another seed, as if it had been run
+        other = scratch | dict(name=scratch["name"][:-1] + "1", settings=scratch["settings"] | dict(seed=1))
+        file.write(json.dumps(other | dict(log=[dict(test_top1=scratch["log"][-1]["test_top1"] + 2)])) + "\n")
+    title, seeds, before, after, rows = experiments.TABLES["tiny"]
+    experiments.TABLES["tiny"] = title, 2, before, after, rows          # only what is missing is run
+    assert f"({2 ** 0.5:.1f}) | 2 of 2 |" in call("tiny").out
+    plan = call("--plan").out.splitlines()
+    assert len(plan) == 4 and all("--seed 1" in line for line in plan)
+    monkeypatch.setattr(op, "RECIPES", op.RECIPES | {"nano": ({**op.RECIPES["nano"][0], "clip_grad": 0.5},
+                                                               *op.RECIPES["nano"][1:])})
+    experiments.settings.cache_clear()
+    assert "| fractal | 84.2 | not run | 0 of 2 |" in call("tiny").out       # a record of other settings is not shown
+    experiments.settings.cache_clear()
 
 
-def test_tables_print_what_is_measured_and_plan_what_is_missing(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(tables, "HERE", tmp_path / "results")
-    rows = {row[0]: row for row in tables.tables("nano")["table5"][2]}
-    write_records(tmp_path / "results" / "records.jsonl", [
-        *(record_of("nano", rows["0.1"], seed, top1) for seed, top1 in ((0, 20.0), (1, 22.0), (2, 27.0))),
-        record_of("nano", rows["0.2"], 0, 30.0),
-        record_of("nano", rows["0.05"], 0, 40.0, lr=0.5),           # another setting
-        record_of("small", rows["0.05"], 0, 50.0),                  # another recipe
-        record_of("nano", rows["0.05"], 0, 60.0, "cifar10"),        # other data
-        record_of("nano", rows["0.05"], 0, 70.0, steps=100),        # stopped halfway
-        record_of("nano", rows["0.05"], 0, 80.0, without=["delta"]),        # then 0.1
-        record_of("nano", rows["1.0"], 0, 90.0) | {"pretrain": {"recipe": None, "weights": "timm.pt"}}])
-    common = ["--recipe", "nano", "--runs", str(tmp_path / "runs")]
-    tables.main(["table5", *common])
-    printed = capsys.readouterr().out
-    assert "| 0.1 | 84.2 | 43.00 (32.14) | 3 | 22% |" in printed    # seed 0: the later record counts
-    assert "| 0.2 | 83.4 | 30.00 | 1 of 3 | 15% |" in printed
-    assert "| 0.05 | 83.0 | not run | 0 of 3 | - |" in printed and "| 1.0 | 82.6 | not run | 0 of 3 |" in printed
-    assert "table7" not in printed and not (tmp_path / "results" / "tables").exists()
-    tables.main(common)
-    assert (tmp_path / "results" / "tables" / "nano.md").read_text().strip() in capsys.readouterr().out
-    assert Image.open(tmp_path / "results" / "tables" / "nano.png").size[0] > 500
-    tables.main(["table5", *common, "--plan"])
-    captured = capsys.readouterr()
-    plan = captured.out.splitlines()
-    assert "14 runs to do, about 28 minutes" in captured.err and len(set(plan)) == len(plan) == 28
-    assert not any("/1p-frac/" in line or "delta-0.2/0" in line for line in plan)
-    for first, second in zip(plan[::2], plan[1::2]):                # every line is a command
-        assert op.parse(first.split()).command == "pretrain" and op.parse(second.split()).command == "finetune"
-    with pytest.raises(SystemExit):
-        tables.main(["table99"])
+def test_every_row_of_every_table_is_a_command_and_a_name_is_one_run():
+    runs = {}
+    for name, (_, seeds, _, _, rows) in experiments.TABLES.items():
+        assert seeds >= 1 and len({row[0] for row in rows}) == len(rows)
+        for row in rows:
+            for run, command in experiments.commands(name, row, 0).items():
+                assert runs.setdefault(run, command) == command
+                if not command.startswith(experiments.INITS):
+                    assert op.parse(command.split()).recipe == "nano"
+    assert len(runs) > 100 and len(set(runs.values())) == len(runs)
+    by_label = {row[0]: row for row in experiments.TABLES["table9"][-1]}
+    assert by_label["without crops"][1] == 80.1 and experiments.TABLES["table5"][-1][0][1] == 1.2       # of the paper
 
 
-def test_tables_read_run_folders_and_outlive_them(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(tables, "HERE", tmp_path / "results")
-    (tmp_path / "results").mkdir()
-    rows = {row[0]: row for row in tables.tables("nano")["table6"][2]}
-    _, _, pretraining, _, settings = tables.planned("nano", rows["4.0"], 0)
-    for name, command, of_run, log in (
-            ("p", "pretrain", pretraining, dict(step=pretraining["steps"], images=7, seconds=60.0, top1=80.5)),
-            ("f", "finetune", settings, dict(step=1, images=5, seconds=2.0, test_top1=33.0)),
-            ("unfinished", "finetune", settings, dict(step=1, images=5, seconds=2.0, test_top1=44.0))):
-        (tmp_path / name).mkdir()
-        args = dict(command=command, ckpt=str(tmp_path / "p/last.pt") if name == "f" else None, commit="abc",
-                    device="cpu", processor="x", threads=1)
-        (tmp_path / name / "args.json").write_text(json.dumps(of_run | args))
-        (tmp_path / name / "log.jsonl").write_text(json.dumps(log) + "\n")
-        if name != "unfinished":
-            (tmp_path / name / "curve.png").touch()
-    tables.main(["table6", "--runs", str(tmp_path), "--collect"])
-    assert "| 4.0 | 82.8 | 33.00 | 1 | 80% |" in capsys.readouterr().out
-    [record] = tables.read_records(tmp_path / "results" / "records.jsonl")
-    assert record["images"] == 12 and record["seconds"] == 62 and record["pretrain"]["sigma"] == 4.0
-    tables.main(["table6", "--runs", str(tmp_path / "none"), "--collect"])
-    assert "| 4.0 | 82.8 | 33.00 | 1 |" in capsys.readouterr().out
-    assert tables.read_records(tmp_path / "results" / "records.jsonl") == [record]
-
-
-def test_records_of_older_versions_keep_their_rows():
-    """--fresh-texture is now --texture fresh, and the command `probe` finetune --probe K."""
-    rows = {name: rows for name, (_, _, rows) in tables.tables("nano").items()}
-    fresh, probe, tuned = rows["table13"][3], rows["fig3"][2], rows["table5"][3]
-    old_fresh, old_probe, old_tuned = (record_of("nano", row, 0, 10.0) for row in (fresh, probe, tuned))
-    old_fresh["pretrain"] |= dict(texture="random", fresh_texture=True)
-    old_probe["settings"] |= dict(command="probe", layers=[3])
-    for settings in (old_fresh["settings"], old_probe["settings"], old_tuned["settings"]):
-        del settings["probe"]
-    found = [tables.measured("nano", [fresh, probe, tuned], [record]) for record in (old_fresh, old_probe, old_tuned)]
-    assert [[len(row) for row in rows] for rows in found] == [[1, 0, 0], [0, 1, 0], [0, 0, 1]]
-    assert tables.measured("nano", rows["fig3"], [old_probe])[3] == {}          # of other blocks
-    kept = tables.read_records(HERE / "records.jsonl")
-    of_rows = [record for _, _, rows in tables.tables("nano").values() for row in tables.measured("nano", rows, kept)
-               for record in row.values()]
-    assert all(record in of_rows for record in kept)            # each still stands in a table
-
-
-def test_every_row_of_every_table_is_a_command_at_every_recipe():
-    for recipe in op.RECIPES:
-        folders = {}
-        for _, _, rows in tables.tables(recipe).values():
-            for row in rows:
-                first, second, pretraining, usual, settings = tables.planned(recipe, row, 0)
-                assert (first is None) == (row[2] is None) and settings["recipe"] == recipe
-                folders.setdefault(second.split("--out ")[1], set()).add((first, second))
-                if first:
-                    assert (usual != pretraining) == ("/1p-frac/" not in first)
-                    assert tables.decisive(vars(op.parse(first.split()))) == pretraining        # nothing is refused
-        assert all(len(runs) == 1 for runs in folders.values())     # one setting a folder
-    deit = {row[2]: row for row in tables.tables("paper")["table9"][2]}
-    assert deit["--no-crop"][1] == 80.1 and deit["--no-mixup --no-cutmix"][1] == 80.4
-    assert "/1p-frac/" in tables.planned("paper", deit["--no-jitter"], 0)[0]    # RandAugment does it: the recipe itself
-    assert ("with mixup", None, "--mixup", "finetune") in tables.tables("nano")["table9"][2]
-
-
-def fake_python(folder, script):
-    """A stand-in for Python that notes the commands, and an environment in which reproduce.sh uses it."""
-    (folder / "fake.sh").write_text(f"""#!/bin/bash
-if [ "$1" = results/tables.py ] && [[ "$*" != *--collect* ]]; then exec {sys.executable} "$@"; fi
-echo "$@" >> commands.txt
-{script}""")
-    os.chmod(folder / "fake.sh", 0o755)
-    (folder / "reproduce.sh").write_text((HERE.parent / "reproduce.sh").read_text())
-    return ALONE | {"PYTHON": f"{folder}/fake.sh"}, lambda: (folder / "commands.txt").read_text().splitlines()
-
-
-def test_reproduce_runs_what_is_not_measured_and_goes_on(tmp_path):
-    environment, commands = fake_python(tmp_path, r"""
-if [ "$2" = resume ]; then out=$3; else out=$(echo "$@" | sed 's/.*--out \([^ ]*\).*/\1/'); fi
-mkdir -p $out; touch $out/last.pt
-[ "$(wc -l < commands.txt)" != 2 ]
-""")
-    (tmp_path / "results").mkdir()
-    for name in ("onepfrac.py", "results/tables.py"):
-        (tmp_path / name).write_text((HERE.parent / name).read_text())
-    write_records(tmp_path / "results" / "records.jsonl", [
-        record_of("nano", row, 0, 10.0) for row in tables.tables("nano")["table12"][2][1:]])
-
-    def reproduce(*names):
-        return subprocess.run(["bash", "reproduce.sh", *names], cwd=tmp_path, capture_output=True, text=True,
-                              env=environment)
-    interrupted = reproduce("table12")                          # at its second command
-    assert interrupted.returncode == 1 and "1 runs to do, about 2 minutes" in interrupted.stderr
-    assert [c.split()[1] for c in commands()] == ["pretrain", "finetune"] and "canny" in commands()[0]
-    assert commands()[1].endswith("--data cifar100")
-    again = reproduce("nano", "table12")
-    assert again.returncode == 0 and "| elastic | 37.0 | 10.00 | 1 |" in again.stdout
-    outs = [c.split("--out ")[1].split()[0] for c in commands()[:2]]
-    assert commands()[2:-1] == [f"onepfrac.py resume {out}" for out in outs] and "--collect" in commands()[-1]
-
-
-def test_reproduce_gives_each_half_of_the_classes_its_own_folder_by_commands_that_parse(tmp_path):
-    environment, commands = fake_python(tmp_path, "")
-    for path in ("train/b c", "train/a", "train/d", "test/b c", "test/a", "test/d"):
-        (tmp_path / "data" / path).mkdir(parents=True)
-    subprocess.run(["bash", "reproduce.sh", "controls"], cwd=tmp_path, check=True, timeout=60,
-                   env=environment | {"DATA": "--data folder --root data"})
-    for half, classes in (("even", ["a", "d"]), ("odd", ["b c"])):
-        for split in ("train", "test"):
-            links = sorted((tmp_path / "runs" / "half" / half / split).iterdir())
-            assert [link.resolve() for link in links] == [tmp_path / "data" / split / name for name in classes]
-    trained, tested = ([c for c in commands() if start in c] for start in
-                       ("pretrain --out runs/real", "finetune --out runs/half-"))
-    assert len(trained) == 3 and all("--root runs/half/even/train" in c for c in trained)
-    assert len(tested) == 15 and all("--root runs/half/odd " in c for c in tested)
-    assert all(("--ckpt runs/real-" in c) == ("half-real" in c) for c in tested)
-    for command in commands():
-        script, *words = command.split()
-        if script == "onepfrac.py":
-            assert op.parse(words).recipe == "nano"
+def test_the_tables_of_the_page_are_those_of_the_records(capsys):
+    """Each table that results/README.md shows is what the records give today, line by line."""
+    page = (HERE / "README.md").read_text()
+    records = experiments.read_records()
+    for name in experiments.TABLES:
+        experiments.show(name, records)
+        printed = capsys.readouterr().out
+        if f"**{name}:" in page:
+            assert printed.strip() in page, f"{name}: run `python results/experiments.py {name}`"
 
 
 def test_speed_sets_every_part_beside_a_limit(monkeypatch):
