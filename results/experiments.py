@@ -144,15 +144,23 @@ def read_records():
     return {record["name"]: record for record in map(json.loads, lines)}
 
 
-def keep(folder, name, command=None):
+def keep(folder, name):
     """Add the record of a finished run to runs.jsonl. Of the log it keeps tests, and some twenty other lines."""
     args = json.loads((folder / "args.json").read_text())
+    command = [args["command"]]
+    for flag, usual in vars(op.parse(command)).items():         # all that the recipe does not say
+        if flag not in BESIDE and args[flag] != usual:
+            on, word = args[flag], flag.replace("_", "-")
+            command += [f"--{word}" if on else f"--no-{word}"] if isinstance(on, bool) else [f"--{word}", f"{on:g}"
+                        if isinstance(on, float) else str(on)]
+    if args.get("ckpt"):
+        command += ["--ckpt", args["ckpt"][max(0, args["ckpt"].find(f"{RUNS}/")):]]
     log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     every = -(-len(log) // 20)
     log = [line for k, line in enumerate(log) if "test_top1" in line or k % every == 0 or k == len(log) - 1]
     log = [{key: round(value, 6) for key, value in line.items()} for line in log]
-    record = dict(name=name, command=command or args["command"], settings=decisive(args) | dict(
-                  images=args.get("images")), commit=args["commit"], machine={k: args[k] for k in MACHINE}, log=log)
+    record = dict(name=name, command=" ".join(command), settings=decisive(args) | dict(images=args.get("images")),
+                  commit=args["commit"], machine={k: args[k] for k in MACHINE}, log=log)
     with RECORDS.open("a") as file:
         file.write(json.dumps(record) + "\n")
 
@@ -191,7 +199,7 @@ def run(name, command, data):
     if done.returncode:
         print(f"{name} failed: {done.stderr}", file=sys.stderr, flush=True)
     elif kind not in INITS:
-        keep(folder, name, command)
+        keep(folder, name)
 
 
 def run_all(runs, data, workers):

@@ -6,7 +6,7 @@ fig4.png     the paper's Fig. 4: a grid and a photograph, warped
 sources.png  eight images of every source
 saw.png      what the network sees: the first images of the first pre-training batch at `nano`, enlarged
 
-By default on canvases of 256 with 40,000 points (`saw` as nano draws them), into results/.
+All are drawn as recipe `nano` draws them, unless flags say something else (`--canvas 256 --points 40000`).
 """
 import sys
 from pathlib import Path
@@ -36,7 +36,7 @@ def parse(words):
         return op.parse(words)
 
 
-def settings(flags, command="render --recipe paper --canvas 256 --points 40000"):
+def settings(flags, command="render"):
     return parse([*command.split(), "--out", str(HERE), *sys.argv[1:], *flags.split()])
 
 
@@ -99,7 +99,7 @@ def sources(path):
 
 def saw(path):
     """The first half of samples.png in the folder of README's first command, four times as large."""
-    args = settings("", "pretrain --recipe nano --device cpu")
+    args = settings("", "pretrain --device cpu")
     data = op.source_data(args)
     augment = op.make_augment(args, args.L, flip=(0.5 * args.flip,) * 2, erase=0.5 * args.erase)
     i = op.batch_indices(len(data), args.batch_size, 0, args.seed)
