@@ -4,23 +4,23 @@
 
 Four parts, one after the other. What does not end in time is stopped, and what fails does not stop the rest.
 
-check    a ninth of the time, 60 s of 540: the GPU against the CPU, compiled against eager, a loop that never waits for
-         the device, a run that is resumed. Meanwhile some tests of test_onepfrac.py run, and the networks of the later
-         parts are compiled, as torch keeps that on disk.
+check    60 s (a sixth of shorter times): the GPU against the CPU, compiled against eager, steps that never wait for the
+         device, a run that is resumed. Meanwhile tests of test_onepfrac.py run, and the networks of the later parts
+         are compiled: torch keeps that on disk.
 speed    as long: rendering, pre-training at `small` and `paper` beside its bare step, augmentation
 train    what is left: `small` with Muon is pre-trained for 40% of it. Then CIFAR-100 is fine-tuned from the fractal and
          from scratch, side by side, each at the best of three rates in short runs on held-out training images.
 extras   the last seconds: rendering in larger groups, timm's network at the same shapes
 
-Each part prints one line at its end. OUT has what has ended at any moment:
+Each part prints one line at its end. At any moment OUT has all that has ended:
 
-gpu.jsonl       every measurement and result, beside what is aimed at
+gpu.jsonl       measurements and results, beside what is aimed at
 check.txt       a line for every check, ok or FAIL
-profile.txt     where the time of a pre-training step goes
+profile.txt     where the time of a step of pre-training goes
 logs.tgz        outputs, settings, logs and curves of all runs, at most ten seconds old
 fractal.pt final-fractal.pt final-scratch.pt    the last weights that were saved, in half precision
 
-So far it has run on CPUs only (`DEVICE=cpu`, small numbers), in full and ended at random moments; never on a GPU.
+So far all this has run on CPUs only (`DEVICE=cpu`, small numbers), in full and ended at random moments; never on a GPU.
 """
 import time
 
@@ -32,16 +32,13 @@ import copy
 import ctypes
 import glob
 import io
-import itertools
 import json
-import math
 import multiprocessing
 import os
 import shutil
 import signal
 import sys
 import tarfile
-import tempfile
 import threading
 import timeit
 import traceback
@@ -61,27 +58,27 @@ DEVICE = os.environ.get("DEVICE", "cuda")
 CUDA = DEVICE == "cuda"
 OUT, WORK, DATA = (Path(os.environ.get(*named)) for named in (
     ("OUT", "runs/gpu/out"), ("WORK", "runs/gpu/work"), ("DATA", "data/cifar100")))
-BEGAN = time.strftime("%Y-%m-%d %H:%M:%S")
-COMMIT = HERE.parent / "COMMIT"
+BEGAN, COMMIT = time.strftime("%Y-%m-%d %H:%M:%S"), HERE.parent / "COMMIT"
 COMMIT = COMMIT.read_text().strip() if COMMIT.exists() else op.git_commit() or "unknown"
+FORK = multiprocessing.get_context("fork")      # children need no imports; so nothing here may start CUDA or threads
 PATIENCE, GRACE = 2, 4      # seconds: how late a part may be, and then, when it is asked to stop, how long it may save
-FORK = multiprocessing.get_context("fork")      # children need no import; so nothing here may start CUDA or threads
 
-LITTLE, PICTURES = ("", "") if CUDA else (" --model vit_nano --batch-size 4", " --L 8 --canvas 64 --points 2000")
+LITTLE, PICTURES = ("", "") if CUDA else ("--model vit_nano --batch-size 4", "--L 8 --canvas 64 --points 2000")
 PRETRAIN = {
     "small": f"pretrain --device {DEVICE} --recipe small --optimizer muon --lr 2e-3 --texture fresh --no-cutmix "
-             f"--jitter{LITTLE}{PICTURES} {os.environ.get('PRE', '')}".split(),
-    "paper": f"pretrain --device {DEVICE} --recipe paper{LITTLE}{PICTURES}".split()}
+             f"--jitter {LITTLE} {PICTURES} {os.environ.get('PRE', '')}".split(),
+    "paper": f"pretrain --device {DEVICE} --recipe paper {LITTLE} {PICTURES}".split()}
 FINETUNE = (f"finetune --device {DEVICE} --recipe small --optimizer muon --weight-decay 0.05 --drop-path 0.1 "
-            f"--batch-size 512 --data folder{LITTLE} {os.environ.get('TUNE', '')}").split()
-RATES = 1e-3, 2e-3, 4e-3
+            f"--batch-size 512 --data folder {LITTLE} {os.environ.get('TUNE', '')}").split()
+RATES = 1e-3, 2e-3, 4e-3                                        # of fine-tuning
 TARGETS = {
     "speed small": dict(step_images_per_s=50_000, whole_over_step=0.9),
     "speed paper": dict(step_images_per_s=15_000, whole_over_step=0.9),
-    "rendering 1000": dict(seconds=0.05), "final-fractal of 500 a class": dict(test_top1=70)}
-TESTS = ("each_orbit or kinds_render or texture_has or random_masks or fractal_with_its_eps or vit_agrees or "
-         "drop_path_drops or flipped_by or random_erasing or everything_off or operations_agree or color_jitter or "
-         "evaluation_is or only_weight or never_waits or muon_moves or kept_and_streamed") if CUDA else "drop_path_drops or muon_moves"
+    "rendering 1000": dict(seconds=0.05), "final-fractal, 500 a class": dict(test_top1=70)}
+TESTS = "drop_path_drops or muon_moves" + CUDA * (
+    " or each_orbit or kinds_render or texture_has or random_masks or fractal_with_its_eps or vit_agrees or flipped_by"
+    " or random_erasing or everything_off or operations_agree or color_jitter or evaluation_is or only_weight"
+    " or never_waits or kept_and_streamed")
 
 
 def note(file, text):
@@ -91,8 +88,7 @@ def note(file, text):
 
 def record(name, **numbers):
     """A line of gpu.jsonl -> the name and the numbers that have a target, in words."""
-    target = TARGETS.get(name, {})
-    gpu = torch.cuda.get_device_name() if CUDA else "cpu"
+    target, gpu = TARGETS.get(name, {}), torch.cuda.get_device_name() if CUDA else "cpu"
     note("gpu.jsonl", json.dumps(dict(name=name, began=BEGAN, device=gpu, torch=torch.__version__, commit=COMMIT) |
                                  numbers | dict(target=target)))
     return ", ".join([name, *(f"{key} {numbers[key]} (target {aim})" for key, aim in target.items())])
@@ -106,11 +102,8 @@ def one_by_one(until, functions):
     """One that fails does not stop the rest. The last line that is printed has all so far, if this is stopped."""
     texts = []
     for name, function, *given in functions:
-        if texts and late(until):
-            texts.append(f"no time for {name}")
-            continue
         try:
-            texts.append(function(*given))
+            texts.append(f"no time for {name}" if texts and late(until) else function(*given))
         except Exception as error:
             traceback.print_exc()
             texts.append(f"FAIL {name}: {type(error).__name__}: {' '.join(str(error).split())[:300]}")
@@ -119,90 +112,72 @@ def one_by_one(until, functions):
     return "; ".join(texts)
 
 
-# ---- check: a group is a generator of (name, is it right?, numbers to print ...)
-
-def different(here, there):
-    """For each image, how many pixels differ by more than a level, over how many are lit."""
-    here, there = here.flatten(1).float(), there.cpu().flatten(1).float()
-    return ((here - there).abs() > 1).sum(1) / (here > 0).sum(1).clamp(min=1)
-
-
-def renderer():
-    base = op.base_ifs(2, 3.5, 32)
-    odd = torch.tensor([[[1.5, 1.5, 1], [1.5, 1.5, 1]],                 # runs away
-                        [[0.9, 0, 1e38], [0, 0.9, 1e38]],               # is beyond all numbers
-                        [[0.5, 0.1, 1e6], [0, 0.5, 1e6]]])[:, None].expand(3, 2, 2, 3)          # is far from 0
-    maps = torch.cat([op.perturb(base, 0.3, 64, op.seeded(0)), odd])    # a fifth of the 64 expands
-
-    def draw(maps, *how):
-        return op.render_ifs(maps, *how, op.seeded(1), base[..., :2].det().abs())
-    for size, *how in ((64, 2000, False), (128, 100_000, True), (512, 100_000, True))[:3 if CUDA else 1]:
-        there = draw(maps.to(DEVICE), size, *how)
-        share = different(draw(maps, size, *how), there)
-        yield (f"{size} pixels: less than 1% differ in the median image", share[:64].median() < 0.01,
-               f"{share[:64].median():.1e}, in the worst {share[:64].max():.1e}")
-        yield f"{size} pixels: odd systems", share[64:].max() < 0.1 and set(there.unique().tolist()) == {0, op.GREY}
-
-
-def network():
-    torch.backends.cudnn.allow_tf32 = False                             # convolutions in full precision
-    model = op.ViT(32, 4, 100, *op.MODELS["check"])
-    torch.nn.init.normal_(model.head.weight, std=0.02)                  # at 0 no other layer has a gradient
-    there, x, target = copy.deepcopy(model).to(DEVICE), torch.randn(16, 3, 32, 32), torch.rand(16, 100).softmax(1)
-
-    def answer(model, network, device, precision):
-        model.zero_grad()
-        logits = op.predict(network, x.to(device), argparse.Namespace(precision=precision))
-        op.lpce_loss(logits, target.to(device)).backward()
-        return logits.detach().cpu(), torch.cat([p.grad.flatten().cpu() for p in model.parameters()])
-    right = answer(model, model, "cpu", "fp32")
-
-    def apart(name, net, precision, most):
-        errors = [((a - b).norm() / b.norm()).item() for a, b in zip(answer(there, net, DEVICE, precision), right)]
-        return f"{name}: logits, gradients", all(e < most for e in errors), *(f"{e:.1e}" for e in errors)
-    yield apart("ViT in fp32", there, "fp32", 1e-4)
-    yield apart("ViT in bf16", there, "bf16", 0.05)
-
-    def losses(device, kind, lr, precision="fp32", accelerate=lambda model, args: model):
-        args = argparse.Namespace(precision=precision, clip_grad=1.0, optimizer=kind, lr=lr, weight_decay=0.05,
-                                  device=device, world=1, batch_size=16, img_size=32)
-        twin = copy.deepcopy(model).to(device)
-        net, optimizer, data = accelerate(twin, args), op.make_optimizer(twin, args), (x.to(device), target.to(device))
-        return [op.train_step(net, optimizer, *data, lr, args)[0].item() for _ in range(20)]
-    for kind, lr in (("adamw", 1e-3), ("sgd", 0.05), ("muon", 1e-3)):
-        pairs = [*zip(losses("cpu", kind, lr), losses(DEVICE, kind, lr))]
-        most = max(abs(a - b) for a, b in pairs)
-        yield f"twenty steps of {kind}", most < 5e-3, f"losses by {most:.1e}", pairs[-1]
-    settings = argparse.Namespace(device=DEVICE, precision="bf16", world=1, batch_size=16, img_size=32)
-    compiled = op.accelerate(there, settings)
-    yield "compiled, unless on a CPU", (compiled is there) != CUDA
-    yield apart("compiled ViT in bf16", compiled, "bf16", 0.05)
-    pairs = [*zip(losses(DEVICE, "muon", 1e-3, "bf16"), losses(DEVICE, "muon", 1e-3, "bf16", op.accelerate))]
-    most = max(abs(a - b) for a, b in pairs)
-    yield "twenty steps, compiled against eager", most < 0.05, f"losses by {most:.1e}", pairs[-1]
-
-
-def loop(folder, steps, at_step, flags="", words=None):
-    """A short training by the command, compiled, every switch on; at_step(run) is called after each step."""
-    words = words or (f"pretrain --device {DEVICE} --recipe paper --model check --img-size 32 --patch-size 4 --L 16 "
-                      f"--canvas 64 --points 2000 --batch-size 16 --texture fresh --optimizer muon --clip-grad 1 "
-                      f"--steps {steps} --log-every {steps} {flags} --out {folder}").split()
-    count = op.Run.count
+def trained(name, words, at_step=lambda run: None):
+    """Run a command in this process, in the folder WORK/name -> its log, also if it was stopped. at_step(run) is called
+    after every step. The weights of some runs go to OUT whenever they are saved."""
+    count, save = op.Run.count, op.Run.save
 
     def counted(run, *numbers):
         count(run, *numbers)
         at_step(run)
-    with mock.patch.object(op.Run, "count", counted), contextlib.suppress(SystemExit):
+
+    def saved(run):
+        save(run)
+        if name in ("fractal", "final-fractal", "final-scratch"):
+            file = io.BytesIO()
+            torch.save(dict(model={key: t.half() for key, t in run.model.state_dict().items()}), file)
+            op.replace_file(OUT / f"{name}.pt", file.getbuffer())
+    words = [*map(str, words), *["--out"] * (words[0] != "resume"), str(WORK / name)]
+    with mock.patch.multiple(op.Run, count=counted, save=saved), contextlib.suppress(SystemExit):
         op.main(words)
-    return torch.load(f"{folder}/last.pt", weights_only=True)
+    return [json.loads(line) for line in (WORK / name / "log.jsonl").read_text().splitlines()]
+
+
+# ---- check: a group is a generator of (name, is it right?, numbers to print ...)
+
+def network():
+    """On both devices, and compiled: an answer, and the losses of twenty steps."""
+    torch.backends.cudnn.allow_tf32 = False                             # convolutions in full precision
+    model, x, target = op.ViT(32, 4, 100, *op.MODELS["check"]), torch.randn(16, 3, 32, 32), torch.eye(100)[:16]
+    torch.nn.init.normal_(model.head.weight, std=0.02)                  # at 0 no other layer has a gradient
+
+    def twenty(device, precision, kind="muon", lr=1e-3, accelerate=lambda model, args: model):
+        """-> logits and gradients, losses, whether the network was compiled"""
+        args = argparse.Namespace(precision=precision, clip_grad=1.0, optimizer=kind, lr=lr, weight_decay=0.05,
+                                  device=device, world=1, batch_size=16, img_size=32)
+        twin, batch, goal = copy.deepcopy(model).to(device), x.to(device), target.to(device)
+        net, optimizer = accelerate(twin, args), op.make_optimizer(twin, args)
+        logits = op.predict(net, batch, args)
+        op.lpce_loss(logits, goal).backward()
+        answer = torch.cat([t.detach().flatten().cpu() for t in (logits, *(p.grad for p in twin.parameters()))])
+        twin.zero_grad()
+        losses = torch.stack([op.train_step(net, optimizer, batch, goal, lr, args)[0] for _ in range(20)])
+        return answer, losses.cpu(), net is not twin
+
+    def close(name, here, there, most):
+        answer, losses = (here[0] - there[0]).norm() / here[0].norm(), (here[1] - there[1]).abs().max()
+        fall = f"from {there[1][0]:.3f} to {there[1][-1]:.3f}"
+        return name, answer < most and losses < most, f"answer by {answer:.1e}, losses by {losses:.1e}", fall
+    for kind, lr in (("adamw", 1e-3), ("sgd", 0.05), ("muon", 1e-3)):
+        right = twenty("cpu", "fp32", kind, lr)
+        yield close(f"{kind} in fp32", right, twenty(DEVICE, "fp32", kind, lr), 2e-3)
+    yield close("muon in bf16", right, twenty(DEVICE, "bf16"), 0.05)
+    compiled = twenty(DEVICE, "bf16", accelerate=op.accelerate)
+    yield close("muon in bf16, compiled", right, compiled, 0.05)
+    yield "compiled, unless on a CPU", compiled[2] == CUDA
+
+
+SHORT = (f"pretrain --device {DEVICE} --recipe paper --model check --img-size 32 --patch-size 4 --L 16 --canvas 64 "
+         "--points 2000 --batch-size 16 --texture fresh --optimizer muon --clip-grad 1 --steps 20 --log-every 20").split()
 
 
 def waiting():
+    """In the command's own loop, compiled, every switch on."""
     def at_step(run):                                                   # the first steps allocate, the last one logs
         if CUDA:
             torch.cuda.set_sync_debug_mode("error" if 5 <= run.step < run.steps - 1 else "default")
     try:
-        yield "no step on stored images waits for the device", loop(WORK / "waiting", 30, at_step)["step"] == 30
+        yield "no step on stored images waits for the device", trained("waiting", SHORT, at_step)[-1]["step"] == 20
     finally:
         at_step(argparse.Namespace(step=0, steps=0))
 
@@ -210,42 +185,43 @@ def waiting():
 def resuming():
     def stop(run):
         run.signal = signal.SIGTERM if run.step == 10 else None         # as if it had come
-    whole = loop(WORK / "whole", 20, lambda run: None)
-    half = loop(WORK / "half", 20, stop)
-    parts = loop(WORK / "half", 20, lambda run: None, words=["resume", str(WORK / "half")])
-    a, b = (torch.cat([t.flatten() for t in run["model"].values()]) for run in (whole, parts))
-    error, loss = ((a - b).norm() / a.norm()).item(), abs(whole["log"][-1]["loss"] - parts["log"][-1]["loss"])
-    most = 0.02 if CUDA else 0                                          # a GPU's sums vary with their order
-    stopped = (half["step"], parts["step"]) == (10, 20)
-    yield ("a resumed run ends as a whole one", stopped and error <= most and loss <= most,
-           f"weights {error:.1e}, loss {loss:.1e}")
+    *_, one = trained("whole", SHORT)
+    stopped = not trained("parts", SHORT, stop)                         # before the first line of the log
+    *_, two = trained("parts", ["resume"])
+    apart = abs(one["loss"] - two["loss"])
+    right = stopped and two["step"] == 20 and apart <= (0.02 if CUDA else 0)        # a GPU's sums have no order
+    yield "a run that is stopped and resumed ends as a whole one", right, f"loss by {apart:.1e}"
+
+
+def different(here, there):
+    """The shares of the numbers that are 2 or more apart (levels of grey), of the others that differ. NaN is apart."""
+    apart = (here.float() - there.cpu().float()).abs()
+    return f"{1 - (apart < 1.5).float().mean():.1e}", f"{(apart > 0.5).float().mean():.1e}"
 
 
 def augmentation():
-    x = torch.randint(256, (8, 3, 48, 48), generator=op.seeded(0)).float()
+    x = torch.randint(256, (8, 3, 48, 48), generator=op.seeded(0), dtype=torch.uint8)
     x[::2] = x[::2] // 3 + 40                                           # room for autocontrast
     x[2::4, :, 8:] = 0                                                  # most pixels are equal
-    ways = dict(jitter=lambda x: op.color_jitter(x, 0.4))
-    for off in ("erase", "erase randaug", "erase randaug jitter"):      # noise differs between devices
+    for off in ("erase", "erase randaug", "erase randaug jitter"):      # the noise of erasing is the device's own
         augment = op.Augment(32, 10, **dict.fromkeys(off.split(), 0))
-        ways[f"all but {off}"] = lambda x, a=augment: 127.5 * a(x.byte(), torch.arange(8, device=x.device))[0]
 
-    def results(way, x):
-        return torch.cat([way(x).cpu() for seed in range(20 if CUDA else 2) if torch.manual_seed(seed)])
-    for (name, way), channels in itertools.product(ways.items(), (1, 3)):
-        apart = (results(way, x[:, :channels]) - results(way, x[:, :channels].to(DEVICE))).abs()
-        yield (f"{name}, {channels} channels", (apart < 1.5).float().mean() > 0.99,     # levels; NaN is not below
-               f"{(apart > 0.5).float().mean():.1e} differ, by {apart.max():.0f} at most")
+        def results(x):
+            return torch.cat([127.5 * augment(x, torch.arange(8, device=x.device))[0].cpu()
+                              for seed in range(1, 31 if CUDA else 4) if torch.manual_seed(seed)])
+        for channels in (1, 3):
+            shares = different(results(x[:, :channels]), results(x[:, :channels].to(DEVICE)))
+            yield f"all but {off}, {channels} channels", float(shares[0]) < 0.01, *shares
 
 
 def sources():
-    more = {kind: f"--source image --warp {kind}" for kind in op.WARPS} | {"multiplied": "--noise multiplicative"}
-    some, points = (16, 5000) if CUDA else (2, 500)
-    for name, flags in (SOURCES | more).items():
-        flags = flags.replace("16", str(some)) + f" --image {HERE / 'saw.png'}" * ("source image" in flags)
-        flags = f"--recipe nano --canvas 64 --points {points} --L {some} {flags}".split()
-        share = different(*(op.source_data(parse(["pretrain", "--device", d, *flags])).images for d in ("cpu", DEVICE)))
-        yield name, share.median() < 0.01, f"median {share.median():.1e}, worst {share.max():.1e}"
+    more = {kind: f"--source image --warp {kind}" for kind in op.WARPS} | {
+        "multiplied": "--noise multiplicative", "1p-frac, full size": "--canvas 512 --points 100000"}
+    for name, flags in [*(SOURCES | more).items()][::1 if CUDA else 4]:
+        words = (f"pretrain --recipe nano --canvas 64 --points 5000 --L 16 {flags}"
+                 + f" --image {HERE / 'saw.png'}" * ("source image" in flags)).split()
+        shares = different(*(op.source_data(parse([*words, "--device", d])).images for d in ("cpu", DEVICE)))
+        yield name, float(shares[0]) < 0.01, *shares
 
 
 def checked(group, until):
@@ -253,7 +229,7 @@ def checked(group, until):
     torch.compiler.reset()                                      # else the next shape is taken for dynamic
     failed, n = [], 0
     for n, (what, right, *numbers) in enumerate(group(), 1):
-        note("check.txt", " ".join(map(str, ("ok  " if right else "FAIL", f"{group.__name__}: {what}", *numbers))))
+        note("check.txt", " ".join(["ok  " if right else "FAIL", f"{group.__name__}: {what}:", *numbers]))
         failed += [what] * (not right)
         if late(until):
             break
@@ -262,26 +238,130 @@ def checked(group, until):
 
 def check(until):
     op.MODELS["check"] = 128, 2, 2                              # compiled within seconds
-    return one_by_one(until, [(group.__name__, checked, group, until) for group in (
-        renderer, augmentation, network, waiting, resuming, sources)])
+    return one_by_one(until, [(group.__name__, checked, group, until)
+                              for group in (network, waiting, resuming, augmentation, sources)])
 
 
 def tests():
-    """Of what differs on CUDA. They train nothing that is compiled."""
+    """Those that touch CUDA in different ways, and compile nothing."""
     import pytest
     os.environ["ONEPFRAC_DEVICE"] = DEVICE
     failed = pytest.main(["-q", "-rf", "-p", "no:cacheprovider", str(HERE.parent / "test_onepfrac.py"), "-k", TESTS])
-    note("check.txt", f"{'FAIL' if failed else 'ok  '} tests of test_onepfrac.py (logs.tgz has their output)")
-    return "tests FAIL" if failed else "tests ok"
+    text = "FAIL tests of test_onepfrac.py (see logs.tgz)" if failed else "ok   tests of test_onepfrac.py"
+    note("check.txt", text)
+    return text
 
 
 def compile_ahead(name, words, classes):
     began, args = time.time(), op.parse(words)
     model = op.make_model(args, classes).to(DEVICE)
-    if op.accelerate(model, args) is model and CUDA:
+    if CUDA and op.accelerate(model, args) is model:
         raise RuntimeError("not compiled")
     return f"{name} compiled in {time.time() - began:.0f} s"
 
+
+# ---- speed
+
+def seconds(function, calls=20):
+    """Of one call: the median of five rounds, after one that is not counted. A GPU is waited for once in a round."""
+    calls, rounds = (calls, 6) if CUDA else (1, 2)
+
+    def one_round():
+        for _ in range(calls):
+            function()
+        if CUDA:
+            torch.cuda.synchronize()
+    return sorted(timeit.repeat(one_round, number=1, repeat=rounds)[1:])[(rounds - 1) // 2] / calls
+
+
+def rendering(group=None):
+    """Pictures as the paper has them. group: how many are drawn together, if not as many as usual."""
+    images, points, size = (1000, 100_000, 512) if CUDA else (8, 2000, 64)
+    base, usual = op.base_ifs(2, 3.5, 32), 40_000_000 // points
+    maps, probs = op.perturb(base, 0.05, images, op.seeded(0)).to(DEVICE), base[..., :2].det().abs()
+    with mock.patch.object(op, "max", lambda a, b: group if group and b == usual else max(a, b), create=True):
+        took = seconds(lambda: op.stamp(op.render_ifs(maps, size, points, generator=op.seeded(0), probs=probs)), 2)
+    return record(f"rendering {images}" + f", {group} together" * bool(group), seconds=round(took, 4))
+
+
+def pretraining(recipe):
+    """images/s of the bare step on one batch, and of the command's own loop."""
+    torch.compiler.reset()
+    args = op.parse([*PRETRAIN[recipe], "--out", str(WORK / f"speed-{recipe}")])
+    data, model, batch = op.source_data(args), op.make_model(args, args.L).to(DEVICE), args.batch_size
+    augment, began = op.make_augment(args, args.L, flip=(args.flip / 2,) * 2, erase=args.erase / 2), time.time()
+    network, optimizer = op.accelerate(model, args), op.make_optimizer(model, args)
+    compiled = time.time() - began
+
+    def draw():
+        return augment(*data[torch.randint(len(data), (batch,))])
+
+    def step(x, target):
+        op.train_step(network, optimizer, x, target, args.lr, args)
+    fixed = draw()
+    took = seconds(lambda: step(*fixed))
+    args.log_every = max(2, round(1 / took)) if CUDA else 2
+    args.steps = 3 * args.log_every                             # the last line is about the last third
+    with mock.patch.object(op, "accelerate", lambda *_: network), op.open_run(args):
+        op.train(args, model, data, augment, args.steps)
+    whole = json.loads((Path(args.out) / "log.jsonl").read_text().splitlines()[-1])["images_per_s"]
+    with FlopCounterMode(display=False) as count:               # of one image, on the CPU
+        op.make_model(args, args.L)(torch.zeros(1, 3, args.img_size, args.img_size)).sum().backward()
+    text = record(
+        f"speed {recipe}", step_images_per_s=round(batch / took), whole_images_per_s=round(whole),
+        whole_over_step=round(whole * took / batch, 3), batch_images_per_s=round(batch / seconds(draw)),
+        batch_size=batch, precision=args.precision, compile_s=round(compiled, 1),
+        tflop_per_s=round(count.get_total_flops() * batch / took / 1e12, 2),
+        peak_gb=round(torch.cuda.max_memory_allocated() / 1e9, 2) if CUDA else None)
+    profile(recipe, lambda: step(*draw()))
+    return text
+
+
+def profile(recipe, step):
+    """Three steps: what takes longest, how many kernels a step runs, and how long they are at work."""
+    kinds = torch.profiler.ProfilerActivity
+    with torch.profiler.profile(activities=[kinds.CPU, kinds.CUDA][:1 + CUDA]) as found:
+        for _ in range(3):
+            step()
+        if CUDA:
+            torch.cuda.synchronize()
+    kernels = [e for e in found.events()
+               if e.device_type == torch.autograd.DeviceType.CUDA and not e.is_user_annotation]
+    table = found.key_averages().table(sort_by=f"self_{'device' if kernels else 'cpu'}_time_total", row_limit=25,
+                                       max_name_column_width=80)
+    note("profile.txt", f"{BEGAN} {recipe}, three steps\n{table}\n")
+    record(f"profile {recipe}", kernels=len(kernels) // 3, busy_ms=round(sum(e.device_time for e in kernels) / 3000, 3))
+
+
+def augmenting():
+    """DeiT's augmentation of photographs, all of it drawn for each sample."""
+    images = torch.randint(256, (256 if CUDA else 4, 3, 256, 256), dtype=torch.uint8, device=DEVICE)
+    labels = torch.arange(len(images), device=DEVICE)
+    augment = op.Augment(224, 1000, flip=(0.5, 0), erase=0.25, **op.IMAGENET)
+    return record("augmentation at 224", images_per_s=round(len(images) / seconds(lambda: augment(images, labels))))
+
+
+def beside_timm(accelerate):
+    """The training step on one batch, of our network and of timm's."""
+    try:
+        from timm.models import VisionTransformer
+    except ImportError:
+        return "timm is missing"
+    args = op.parse(PRETRAIN["small"])
+    dim, depth, heads = op.MODELS[args.model]
+    x = torch.randn(args.batch_size, 3, args.img_size, args.img_size, device=DEVICE)
+    target, rates = torch.full((len(x), args.L), 1 / args.L, device=DEVICE), []
+    for model in (op.make_model(args, args.L), VisionTransformer(
+            args.img_size, args.patch_size, num_classes=args.L, embed_dim=dim, depth=depth, num_heads=heads)):
+        torch.compiler.reset()
+        optimizer, network = op.make_optimizer(model.to(DEVICE), args), accelerate(model, args)
+        rates.append(round(len(x) / seconds(lambda: op.train_step(network, optimizer, x, target, args.lr, args))))
+    name = f"step {'eager' if network is model else 'compiled'}"
+    record(name, onepfrac_images_per_s=rates[0], timm_images_per_s=rates[1])
+    return f"{name} {rates[0]}, timm's {rates[1]} images/s"
+
+
+# ---- train
 
 def unpack():
     """CIFAR-100 from zip files, if there are only these."""
@@ -294,192 +374,54 @@ def unpack():
     return f"{len([*DATA.glob('train/*/*')])} training images"
 
 
-# ---- speed
-
-def seconds(function, calls=20):
-    """Of one call: the median of five rounds, after one that is not counted. A GPU is waited for once in a round."""
-    calls = calls if CUDA else 1
-
-    def round():
-        for _ in range(calls):
-            function()
-        if CUDA:
-            torch.cuda.synchronize()
-    return sorted(timeit.repeat(round, number=1, repeat=6 if CUDA else 2)[1:])[2 if CUDA else 0] / calls
-
-
-def profile(name, function):
-    """Three calls. A table of what takes longest -> how many kernels a call runs, and how long the GPU is busy."""
-    kinds = torch.profiler.ProfilerActivity
-    with torch.profiler.profile(activities=[kinds.CPU, kinds.CUDA][:1 + CUDA]) as found:
-        for _ in range(3):
-            function()
-        if CUDA:
-            torch.cuda.synchronize()
-    kernels = [e for e in found.events()
-               if e.device_type == torch.autograd.DeviceType.CUDA and not e.is_user_annotation]
-    table = found.key_averages().table(sort_by=f"self_{'device' if kernels else 'cpu'}_time_total", row_limit=25,
-                                       max_name_column_width=80)
-    note("profile.txt", f"{BEGAN} {name}, three steps\n{table}\n")
-    return dict(kernels=len(kernels) // 3, busy_ms=round(sum(e.device_time for e in kernels) / 3000, 3))
-
-
-def pictures():
-    """The pictures of a pre-training at `paper`, warm."""
-    images, points, size = (1000, 100_000, 512) if CUDA else (8, 2000, 64)
-    base = op.base_ifs(2, 3.5, 32)
-    maps, probs = op.perturb(base, 0.05, images, op.seeded(0)).to(DEVICE), base[..., :2].det().abs()
-    return images, lambda: op.stamp(op.render_ifs(maps, size, points, generator=op.seeded(0), probs=probs))
-
-
-def rendering():
-    images, draw = pictures()
-    return record(f"rendering {images}", seconds=round(seconds(draw, 2), 4), **profile("rendering", draw))
-
-
-def pretraining(recipe):
-    """images/s of the bare step on one batch, and of the command's own loop beside it."""
-    torch.compiler.reset()
-    args = op.parse([*PRETRAIN[recipe], "--out", str(WORK / f"speed-{recipe}")])
-    data = op.source_data(args)
-    augment = op.make_augment(args, args.L, flip=(args.flip / 2,) * 2, erase=args.erase / 2)
-    model, batch, began = op.make_model(args, args.L).to(DEVICE), args.batch_size, time.time()
-    network, optimizer = op.accelerate(model, args), op.make_optimizer(model, args)
-    compiled = time.time() - began
-    draw = lambda: augment(*data[torch.randint(len(data), (batch,))])
-    step = lambda x, target: op.train_step(network, optimizer, x, target, args.lr, args)
-    x, target = draw()
-    with FlopCounterMode(display=False) as count:
-        op.train_step(model, optimizer, x, target, args.lr, args)
-    took = seconds(lambda: step(x, target))
-    args.log_every = max(2, round(1 / took)) if CUDA else 2
-    args.steps = 3 * args.log_every                             # the last line is about the last third
-    with mock.patch.object(op, "accelerate", lambda *_: network), op.open_run(args):
-        op.train(args, model, data, augment, args.steps)
-    whole = json.loads((Path(args.out) / "log.jsonl").read_text().splitlines()[-1])["images_per_s"]
-    return record(
-        f"speed {recipe}", step_images_per_s=round(batch / took), whole_images_per_s=round(whole),
-        whole_over_step=round(whole * took / batch, 3), batch_images_per_s=round(batch / seconds(draw)),
-        batch_size=batch, precision=args.precision, compile_s=round(compiled, 1),
-        tflop_per_s=round(count.get_total_flops() / took / 1e12, 2),
-        peak_gb=round(torch.cuda.max_memory_allocated() / 1e9, 2) if CUDA else None,
-        **profile(f"pre-training at {recipe}", lambda: step(*draw())))
-
-
-def augmenting():
-    """DeiT's augmentation of photographs, all drawn for each sample."""
-    images = torch.randint(256, (256 if CUDA else 4, 3, 256, 256), dtype=torch.uint8, device=DEVICE)
-    labels = torch.arange(len(images), device=DEVICE)
-    augment = op.Augment(224, 1000, flip=(0.5, 0), erase=0.25, **op.IMAGENET)
-    return record("augmentation at 224", images_per_s=round(len(images) / seconds(lambda: augment(images, labels))))
-
-
-def larger_groups():
-    images, draw = pictures()
-    usual = 40_000_000 // 100_000                               # the renderer's: larger ones start fewer kernels
-    for group in (500, 1000):
-        with mock.patch.object(op, "max", lambda a, b: group if b == usual else max(a, b), create=True):
-            record(f"rendering {images} in groups of {group}", seconds=round(seconds(draw, 2), 4))
-    return "larger groups"
-
-
-def beside_timm():
-    """The training step on one batch, of our network and of timm's."""
-    try:
-        from timm.models import VisionTransformer
-    except ImportError:
-        return "timm is missing"
-    args = op.parse(PRETRAIN["small"])
-    dim, depth, heads = op.MODELS[args.model]
-    x = torch.randn(args.batch_size, 3, args.img_size, args.img_size, device=DEVICE)
-    target = torch.full((len(x), args.L), 1 / args.L, device=DEVICE)
-    models = dict(onepfrac=op.make_model(args, args.L), timm=VisionTransformer(
-        args.img_size, args.patch_size, num_classes=args.L, embed_dim=dim, depth=depth, num_heads=heads))
-    for how, accelerate in (("eager", lambda model, args: model), ("compiled", op.accelerate)):
-        for name, model in models.items():
-            torch.compiler.reset()
-            optimizer = op.make_optimizer(model.to(DEVICE), args)
-            network = accelerate(model, args)
-            took = seconds(lambda: op.train_step(network, optimizer, x, target, args.lr, args))
-            record(f"step of {name}, {how}", images_per_s=round(len(x) / took))
-    return "beside timm"
-
-
-# ---- train
-
-def trained(name, words):
-    """Run a command in this process, in the folder WORK/name -> its log, also if it was stopped."""
-    with contextlib.suppress(SystemExit):
-        op.main([*map(str, words), "--out", str(WORK / name)])
-    return [json.loads(line) for line in (WORK / name / "log.jsonl").read_text().splitlines()]
-
-
 def keep_data(name, key):
     """A function of onepfrac makes its data once for each value of a setting."""
     make, made = getattr(op, name), {}
 
     def kept(args):
-        if getattr(args, key) not in made:
-            made[getattr(args, key)] = make(args)
-        return made[getattr(args, key)]
+        value = getattr(args, key)
+        if value not in made:
+            made[value] = make(args)
+        return made[value]
     setattr(op, name, kept)
-
-
-def keep_halves():
-    """Whenever a run is saved, its weights go to OUT too."""
-    save = op.Run.save
-
-    def saved(run):
-        save(run)
-        file = io.BytesIO()
-        torch.save(dict(model={name: t.half() for name, t in run.model.state_dict().items()}), file)
-        if f"{run.out.name}.pt" in ("fractal.pt", "final-fractal.pt", "final-scratch.pt"):
-            op.replace_file(OUT / f"{run.out.name}.pt", file.getbuffer())
-    op.Run.save = saved
 
 
 def pretrain(until):
     keep_data("source_data", "L")
-    keep_halves()
-    words = PRETRAIN["small"]
-    probe = 60 if CUDA else 4
-    log = trained("probe", [*words, "--steps", probe, "--log-every", probe // 2])
-    batch = log[-1]["images"] // probe
-    steps = max(1, int(0.95 * (until - time.time()) * log[-1]["images_per_s"] / batch))
-    log = trained("fractal", [*words, "--steps", steps, "--log-every", max(1, steps // 100),
-                              "--save-every", max(1, steps // 8)])
-    record("pretrain", planned_steps=steps, **log[-1])
-    log = log[-1]
-    return f"step {log['step']} of {steps}, pretext top-1 {log['top1']:.1f}%, {log['images_per_s']} images/s"
+    words, probe = PRETRAIN["small"], 60 if CUDA else 4
+    *_, last = trained("probe", [*words, "--steps", probe, "--log-every", probe // 2])
+    steps = max(1, int(0.95 * (until - time.time()) * last["images_per_s"] * probe / last["images"]))
+    *_, last = trained("fractal", [*words, "--steps", steps, "--log-every", max(1, steps // 100),
+                                   "--save-every", max(1, steps // 8)])
+    record("pretrain", planned_steps=steps, **last)
+    return f"step {last['step']} of {steps}, pretext top-1 {last['top1']:.1f}%, {last['images_per_s']} images/s"
 
 
 def finetune(arm, until, pretrained, together):
-    """Choose a rate, fine-tune at it. The other arm does the same at the same time: together(number) waits for it and
+    """Choose a rate and train at it. The other arm does the same at the same time: together(number) waits for it and
     returns the smaller of both numbers, so both train equally long."""
     keep_data("downstream_data", "holdout")
-    keep_halves()
-    words, images, speed, more = [*FINETUNE, "--root", DATA], len([*DATA.glob("train/*/*")]), None, None
-    batch = op.parse(FINETUNE).batch_size
+    words, batch = [*FINETUNE, "--root", DATA], op.parse(FINETUNE).batch_size
+    images, classes = (len([*DATA.glob(f"train/{those}")]) for those in ("*/*", "*"))
+    speed = more = None                                         # images/s, and the seconds that a run takes besides
 
     def tuned(name, lr, holdout, count, tests=1):
-        """A run on `count` images -> its log. Sets speed, and more: the seconds that a run takes besides."""
+        """Train on `count` images -> accuracy in the last test, the last line of the log."""
         nonlocal speed, more
-        began, epochs = time.time(), max(batch, count) / images / (1 - holdout)
+        began, epochs = time.time(), count / images / (1 - holdout)
         log = trained(f"{name}-{arm}", [*words, "--lr", lr, "--holdout", holdout, "--epochs", epochs,
                                         "--eval-epochs", epochs / tests, "--log-every", 20 if CUDA else 2])
         speeds = sorted(line["images_per_s"] for line in log if "loss" in line)
-        if speeds:                                              # else the loss became infinite
-            speed = speeds[len(speeds) // 2]
-            more = max(0, time.time() - began - log[-1]["images"] / speed)
-        return log
+        if not speeds:                                          # the loss became infinite
+            return 0, None
+        speed = speeds[len(speeds) // 2]
+        more = max(0, time.time() - began - log[-1]["images"] / speed)
+        return [0, *(line["test_top1"] for line in log if "test_top1" in line)][-1], log[-1]
 
-    def top1(log):
-        return [0, *(line["test_top1"] for line in log if "test_top1" in line)][-1]
-
-    def fit(share):
-        """How many images a run takes in a share of the time that is left, as both arms can."""
-        return together((share * (until - time.time()) - more) * speed)
-    for holdout in (0.2, 0.0):                                  # reads the images and compiles, while the GPU is busy
+    def fit(share, tests=1):
+        """How many images both arms can train on in a share of the time that is left."""
+        return max(batch, together((share * (until - time.time()) - tests * more) * speed))
+    for holdout in (0.2, 0.0):                                  # reads the images and compiles, meanwhile
         tuned(f"warm-{holdout}", RATES[0], holdout, 3 * batch)
     pretrained.wait()
     if arm == "fractal":
@@ -488,14 +430,13 @@ def finetune(arm, until, pretrained, together):
     tuned("probe", RATES[0], 0.2, (60 if CUDA else 4) * batch)
     count, heldout = fit(0.1), {}
     for lr in RATES:
-        heldout[lr] = top1(tuned(f"choose-{lr:g}", lr, 0.2, count))
-        record(f"choose-{lr:g}-{arm}", heldout_top1=heldout[lr], images=count)
-    best, count, name = max(heldout, key=heldout.get), fit(0.85), f"final-{arm}"
-    log = tuned("final", best, 0.0, count, tests=10)
-    a_class = images // len([*DATA.glob("train/*")])
-    record(f"{name} of {a_class} a class", test_top1=top1(log), lr=best, planned_epochs=round(count / images, 2),
-           epochs=round(log[-1]["images"] / images, 2), seconds=log[-1]["seconds"], images_per_s=speed)
-    return f"{name}: top-1 {top1(log):.2f}%, {log[-1]['images'] / images:.1f} epochs, rate {best:g}, {a_class} a class"
+        heldout[lr], _ = tuned(f"choose-{lr:g}", lr, 0.2, count)
+        record(f"choose-{lr:g}-{arm}", heldout_top1=heldout[lr], images=round(count))
+    lr, count = max(heldout, key=heldout.get), fit(0.9, tests=5)
+    top1, last = tuned("final", lr, 0.0, count, tests=5)
+    text = record(f"final-{arm}, {images // classes} a class", test_top1=top1, lr=lr, planned_epochs=round(count / images, 2),
+                  epochs=round(last["images"] / images, 2), seconds=last["seconds"], images_per_s=speed)
+    return f"{text}: top-1 {top1:.2f}%, {last['images'] / images:.1f} epochs at rate {lr:g}"
 
 
 # ---- the clock
@@ -504,11 +445,11 @@ CHILDREN, FAILED = [], []
 
 
 def start(**jobs):
-    """Each job, a function and its arguments, in a process of its own. What it returns is the last line that it
-    prints, in WORK/name.txt."""
+    """Each job, a function and its arguments, in a process of its own, which writes WORK/name.txt and, as its last line,
+    what the function returns."""
     def work(name, function, *given):
         os.setsid()
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)              # ends with its parent (PR_SET_PDEATHSIG)
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)              # PR_SET_PDEATHSIG: it ends with its parent
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         file = os.open(WORK / f"{name}.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(file, 1)
@@ -535,17 +476,20 @@ def collect():
     with tarfile.open(fileobj=file, mode="w:gz") as archive:
         for pattern in ("*.txt", "*/args.json", "*/log.jsonl", "*/*.png"):
             for path in WORK.glob(pattern):
-                archive.add(path, path.relative_to(WORK))
+                content = path.read_bytes()                     # the file may change meanwhile
+                part = tarfile.TarInfo(str(path.relative_to(WORK)))
+                part.size = len(content)
+                archive.addfile(part, io.BytesIO(content))
     op.replace_file(OUT / "logs.tgz", file.getbuffer())
 
 
 def finish(part, children, until):
     """Wait for jobs, which know until when, stop those that are late, and print one line."""
-    began, collected = time.time(), time.time()
+    began = collected = time.time()
     for number, wait in ((0, until + PATIENCE - began), (signal.SIGTERM, GRACE), (signal.SIGKILL, GRACE)):
         end(children.values(), number)
         limit = time.time() + wait
-        while any(child.is_alive() for child in children.values()) and not late(limit):
+        while any(child.is_alive() for child in children.values()) and time.time() < limit:
             time.sleep(0.1)
             if time.time() > collected + 10:
                 collect()
@@ -554,8 +498,8 @@ def finish(part, children, until):
     for name, child in children.items():
         *_, last = ["", *(WORK / f"{name}.txt").read_text().splitlines()]
         texts.append(last if child.exitcode == 0 else f"FAIL {name}, status {child.exitcode}: {last}")
-    print(f"{part}, {time.time() - began:.0f} s: {'; '.join(texts)}", flush=True)
     FAILED.extend(text for text in texts if "FAIL" in text)
+    print(f"{part}, {time.time() - began:.0f} s: {'; '.join(texts)}", flush=True)
     collect()
 
 
@@ -563,7 +507,7 @@ def train(until):
     middle, pretrained = time.time() + 0.4 * (until - time.time()), FORK.Event()
     barrier, numbers = FORK.Barrier(2), FORK.RawArray("d", 2)
 
-    def arm(k, name):
+    def tune(k, arm):
         def together(number):
             numbers[k] = number
             try:
@@ -572,64 +516,62 @@ def train(until):
             except threading.BrokenBarrierError:                # the other arm has ended
                 return number
         try:
-            return finetune(name, until, pretrained, together)
+            return finetune(arm, until, pretrained, together)
         finally:
             barrier.abort()
-    arms = start(scratch=(arm, 0, "scratch"), fractal=(arm, 1, "fractal")) if (DATA / "train").is_dir() else {}
+    arms = start(scratch=(tune, 0, "scratch"), fractal=(tune, 1, "fractal"))
     if not os.environ.get("CKPT"):
         finish("pretrain", start(pretrain=(pretrain, middle)), middle)
     pretrained.set()
-    finish("finetune" if arms else f"FAIL: no images in {DATA}", arms, until)
-    top1 = [line["test_top1"] for line in map(json.loads, (OUT / "gpu.jsonl").read_text().splitlines())
-            if line["began"] == BEGAN and line["name"].startswith("final")]
+    finish("finetune", arms, until)
+    top1 = {line["name"].split(",")[0]: line["test_top1"] for line in map(json.loads, open(OUT / "gpu.jsonl"))
+            if line["began"] == BEGAN and "test_top1" in line}
     if len(top1) == 2:
-        print(f"from the fractal {abs(top1[0] - top1[1]):.2f}", flush=True)
+        gain = top1["final-fractal"] - top1["final-scratch"]
+        print(f"the fractal over scratch: {gain:+.2f} points (target 4)", flush=True)
 
 
-def drive(total, parts):
-    share, last = min(60, total / 6), START + total - 8         # seconds to stop in
-    OUT.mkdir(parents=True, exist_ok=True)
+def drive(total, *parts):
+    """-> exit status. The last eight seconds are for stopping."""
+    share, last = min(60, total / 6), START + total - 8
+    unpacking = start(unpack=(unpack,))
+    for part in parts or ("check", "speed", "train", "extras"):
+        until = time.time() + share
+        if part == "check":
+            finish(part, start(
+                check=(check, until), tests=(tests,), small=(compile_ahead, "small", PRETRAIN["small"], 1000),
+                paper=(compile_ahead, "paper", PRETRAIN["paper"], 1000),
+                tune=(compile_ahead, "finetune", FINETUNE, 100)), until)
+        elif part == "speed":
+            finish(part, start(speed=(one_by_one, until, (
+                ("rendering", rendering), ("small", pretraining, "small"), ("augmentation", augmenting),
+                ("paper", pretraining, "paper")))), until)
+        elif part == "train":
+            finish("images", unpacking, time.time() + 30)
+            train(last - total / 18)
+        elif part == "extras":
+            finish(part, start(extras=(one_by_one, last, (
+                ("500 together", rendering, 500), ("1000 together", rendering, 1000),
+                ("timm", beside_timm, lambda model, args: model),
+                ("timm, compiled", beside_timm, op.accelerate)))), last)
+        else:
+            sys.exit(f"there is no part {part}")
+    print(f"{time.time() - START:.0f} s in all, {len(FAILED)} FAIL, results in {OUT}")
+    return bool(FAILED)
+
+
+def main(*words):
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    OUT.mkdir(parents=True, exist_ok=True)
     with op.claimed(OUT):
         shutil.rmtree(WORK, ignore_errors=True)
         WORK.mkdir(parents=True)
         try:
-            unpacking = start(unpack=(unpack,))
-            for part in parts:
-                now = time.time()
-                if part == "check":
-                    finish(part, start(
-                        check=(check, now + share), tests=(tests,),
-                        small=(compile_ahead, "small", PRETRAIN["small"], 1000),
-                        paper=(compile_ahead, "paper", PRETRAIN["paper"], 1000),
-                        finetune=(compile_ahead, "finetune", FINETUNE, 100)), now + share)
-                elif part == "speed":
-                    finish(part, start(speed=(one_by_one, now + share, (
-                        ("rendering", rendering), ("small", pretraining, "small"), ("augmentation", augmenting),
-                        ("paper", pretraining, "paper")))), now + share)
-                elif part == "train":
-                    finish("images", unpacking, now + 30)
-                    train(last - total / 18)
-                else:
-                    finish(part, start(extras=(one_by_one, last, (
-                        ("groups", larger_groups), ("timm", beside_timm)))), last)
+            return drive(*words)
         finally:
             end(CHILDREN, signal.SIGKILL)
             collect()
-    print(f"{time.time() - START:.0f} s in all, {len(FAILED)} parts FAIL, results in {OUT}")
-    return bool(FAILED)
-
-
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("seconds", type=float)
-    names = "check", "speed", "train", "extras"
-    parser.add_argument("parts", nargs="*", metavar="PART", help=", ".join(names))
-    args = parser.parse_args()
-    if not set(args.parts) <= set(names):
-        parser.error(f"PART: there is {', '.join(names)}")
-    return drive(args.seconds, args.parts or names)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(float(sys.argv[1]), *sys.argv[2:]))
