@@ -9,8 +9,8 @@
 #   DEVICE   cuda, or cpu: the same path with small numbers, to test this script;  PYTHON  (python3)
 # A copy without .git names its commit in a file COMMIT: git describe --always --dirty > COMMIT
 cd "$(dirname "$0")/.." || exit
-# Two trainings at once share the cores; threads that wait do not spin; asking for a GPU does not start CUDA.
-export OMP_NUM_THREADS=${OMP_NUM_THREADS:-8} TORCHINDUCTOR_COMPILE_THREADS=8 GOMP_SPINCOUNT=10000 \
-    PYTORCH_NVML_BASED_CUDA_CHECK=1
+# Several processes share the cores. One that forks must neither have threads nor start CUDA by asking for it.
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-8} OPENBLAS_NUM_THREADS=1 TORCHINDUCTOR_COMPILE_THREADS=8 \
+    GOMP_SPINCOUNT=10000 PYTORCH_NVML_BASED_CUDA_CHECK=1
 seconds=${1:-540}
 exec timeout -k 5 $((seconds + 5)) "${PYTHON:-python3}" results/gpu.py "$seconds" "${@:2}"
