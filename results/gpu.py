@@ -197,7 +197,7 @@ def sources():
     """Every source is drawn as on the CPU. (Renderer and augmentation have references of their own: `tests`.)"""
     more = {kind: f"--source image --warp {kind}" for kind in op.WARPS} | {
         "multiplied": "--noise multiplicative", "1p-frac, full size": "--canvas 512 --points 100000"}
-    for name, flags in [*(SOURCES | more).items()][::1 if CUDA else 4]:
+    for name, flags in [*(SOURCES | more).items()][::1 if CUDA else 5]:
         words = (f"pretrain --recipe nano --canvas 64 --points 5000 --L 16 {flags}"
                  + f" --image {HERE / 'saw.png'}" * ("source image" in flags)).split()
         here, there = (op.source_data(parse([*words, "--device", d])).images.cpu().flatten(1).float()
