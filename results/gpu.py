@@ -218,10 +218,9 @@ def checked(group, until):
     return f"FAIL {group.__name__}: {', '.join(failed)}" if failed else f"{group.__name__} {n} ok"
 
 
-def check(until):
+def check(until, *groups):
     op.MODELS["check"] = 128, 2, 2                              # compiled within seconds
-    return one_by_one(until, [(group.__name__, checked, group, until)
-                              for group in (network, waiting, resuming, sources)])
+    return one_by_one(until, [(group.__name__, checked, group, until) for group in groups])
 
 
 def tests():
@@ -399,7 +398,9 @@ def finetune(arm, until, pretrained, together):
     def fit(share, tests=1):
         """How many images both arms can train on in a share of the time that is left."""
         return max(batch, together((share * (until - time.time()) - tests * more) * speed))
-    for holdout in (0.2, 0.0):                                  # reads the images and compiles, meanwhile
+    while not ((WORK / "fractal").exists() or pretrained.is_set()):         # pre-training measures its speed
+        time.sleep(0.1)
+    for holdout in (0.2, 0.0):                                  # meanwhile: reads the images and compiles
         tuned(f"warm-{holdout}", RATES[0], holdout, 3 * batch)
     pretrained.wait()
     if arm == "fractal":
@@ -515,7 +516,8 @@ def drive(total, *parts):
         until = time.time() + share
         if part == "check":
             finish(part, start(
-                check=(check, until), tests=(tests,), small=(compile_ahead, "small", PRETRAIN["small"], 1000),
+                check=(check, until, network, waiting, resuming), sources=(check, until, sources), tests=(tests,),
+                small=(compile_ahead, "small", PRETRAIN["small"], 1000),
                 paper=(compile_ahead, "paper", PRETRAIN["paper"], 1000),
                 tune=(compile_ahead, "finetune", FINETUNE, 100)), until)
         elif part == "speed":
