@@ -5,8 +5,8 @@
 Four parts, one after the other. What does not end in time is stopped, and what fails does not stop the rest.
 
 check    60 s (a sixth of shorter times): the GPU against the CPU, compiled against eager, steps that never wait for the
-         device, a run that is resumed. Meanwhile tests of test_onepfrac.py run, and the networks of the later parts
-         are compiled: torch keeps that on disk.
+         device, a run that is resumed, every source. Meanwhile tests of test_onepfrac.py run, the networks of the
+         later parts are compiled, which torch keeps on disk, and fine-tuning reads its images.
 speed    as long: rendering, pre-training at `small` and `paper` beside its bare step, augmentation
 train    what is left: `small` with Muon is pre-trained for 40% of it. Then CIFAR-100 is fine-tuned from the fractal and
          from scratch, side by side, each at the best of three rates in short runs on held-out training images.
@@ -233,12 +233,12 @@ def tests():
     return text
 
 
-def compile_ahead(name, words, classes):
-    began, args = time.time(), op.parse(words)
-    model = op.make_model(args, classes).to(DEVICE)
+def compile_ahead(recipe):
+    began, args = time.time(), op.parse(PRETRAIN[recipe])
+    model = op.make_model(args, args.L).to(DEVICE)
     if CUDA and op.accelerate(model, args) is model:
         raise RuntimeError("not compiled")
-    return f"{name} compiled in {time.time() - began:.0f} s"
+    return f"{recipe} compiled in {time.time() - began:.0f} s"
 
 
 # ---- speed
@@ -345,12 +345,13 @@ def beside_timm(accelerate):
 def unpack():
     """CIFAR-100 from zip files, if there are only these."""
     files = sorted(glob.glob(os.environ.get("ZIP", "data/cifar100-*.zip")))
-    if not DATA.exists() and files:
+    if not DATA.exists():
+        if not files:
+            raise FileNotFoundError(f"there are neither images in {DATA} nor zip files of them")
         for file in files:
             zipfile.ZipFile(file).extractall(WORK / "unpacked")
         DATA.parent.mkdir(parents=True, exist_ok=True)
         shutil.move(WORK / "unpacked" / "cifar100", DATA)
-    return f"{len([*DATA.glob('train/*/*')])} training images"
 
 
 def keep_data(name, key):
@@ -365,9 +366,9 @@ def keep_data(name, key):
 
 def pretrain(until):
     keep_data("source_data", "L")
-    words, probe = PRETRAIN["small"], 60 if CUDA else 4
+    words, probe = PRETRAIN["small"], 200 if CUDA else 8
     *_, last = trained("probe", [*words, "--steps", probe, "--log-every", probe // 2])
-    steps = max(1, int(0.95 * (until - time.time()) * last["images_per_s"] * probe / last["images"]))
+    steps = max(1, int(0.9 * (until - time.time()) * last["images_per_s"] * probe / last["images"]))
     *_, last = trained("fractal", [*words, "--steps", steps, "--log-every", max(1, steps // 100),
                                    "--save-every", max(1, steps // 8)])
     record("pretrain", planned_steps=steps, **last)
@@ -377,6 +378,9 @@ def pretrain(until):
 def finetune(arm, until, pretrained, together):
     """Choose a rate and train at it. The other arm does the same at the same time: together(number) waits for it and
     returns the smaller of both numbers, so both train equally long."""
+    if arm == "scratch":
+        unpack()
+    together(0)
     keep_data("downstream_data", "holdout")
     words, batch = [*FINETUNE, "--root", DATA], op.parse(FINETUNE).batch_size
     images, classes = (len([*DATA.glob(f"train/{those}")]) for those in ("*/*", "*"))
@@ -398,9 +402,7 @@ def finetune(arm, until, pretrained, together):
     def fit(share, tests=1):
         """How many images both arms can train on in a share of the time that is left."""
         return max(batch, together((share * (until - time.time()) - tests * more) * speed))
-    while not ((WORK / "fractal").exists() or pretrained.is_set()):         # pre-training measures its speed
-        time.sleep(0.1)
-    for holdout in (0.2, 0.0):                                  # meanwhile: reads the images and compiles
+    for holdout in (0.2, 0.0):                                  # reads the images and compiles, beside earlier parts
         tuned(f"warm-{holdout}", RATES[0], holdout, 3 * batch)
     pretrained.wait()
     if arm == "fractal":
@@ -480,8 +482,8 @@ def finish(part, children, until):
     collect()
 
 
-def train(until):
-    middle, pretrained = time.time() + 0.4 * (until - time.time()), FORK.Event()
+def both_arms(until, pretrained):
+    """Start fine-tuning from scratch and from the fractal, which waits for pre-training."""
     barrier, numbers = FORK.Barrier(2), FORK.RawArray("d", 2)
 
     def tune(k, arm):
@@ -496,7 +498,12 @@ def train(until):
             return finetune(arm, until, pretrained, together)
         finally:
             barrier.abort()
-    arms = start(scratch=(tune, 0, "scratch"), fractal=(tune, 1, "fractal"))
+    return start(scratch=(tune, 0, "scratch"), fractal=(tune, 1, "fractal"))
+
+
+def train(until, arms, pretrained):
+    share = 0.4 if any(arm.is_alive() for arm in arms.values()) else 1          # without images all of it
+    middle = time.time() + share * (until - time.time())
     if not os.environ.get("CKPT"):
         finish("pretrain", start(pretrain=(pretrain, middle)), middle)
     pretrained.set()
@@ -510,23 +517,21 @@ def train(until):
 
 def drive(total, *parts):
     """-> exit status. The last eight seconds are for stopping."""
-    share, last = min(60, total / 6), START + total - 8
-    unpacking = start(unpack=(unpack,))
-    for part in parts or ("check", "speed", "train", "extras"):
+    share, last, parts = min(60, total / 6), START + total - 8, parts or ("check", "speed", "train", "extras")
+    trained_until, pretrained = last - total / 18, FORK.Event()
+    arms = both_arms(trained_until, pretrained) if "train" in parts else {}
+    for part in parts:
         until = time.time() + share
         if part == "check":
             finish(part, start(
                 check=(check, until, network, waiting, resuming), sources=(check, until, sources), tests=(tests,),
-                small=(compile_ahead, "small", PRETRAIN["small"], 1000),
-                paper=(compile_ahead, "paper", PRETRAIN["paper"], 1000),
-                tune=(compile_ahead, "finetune", FINETUNE, 100)), until)
+                small=(compile_ahead, "small"), paper=(compile_ahead, "paper")), until)
         elif part == "speed":
             finish(part, start(speed=(one_by_one, until, (
                 ("rendering", rendering), ("small", pretraining, "small"), ("augmentation", augmenting),
                 ("paper", pretraining, "paper")))), until)
         elif part == "train":
-            finish("images", unpacking, time.time() + 30)
-            train(last - total / 18)
+            train(trained_until, arms, pretrained)
         elif part == "extras":
             finish(part, start(extras=(one_by_one, last, (
                 ("500 together", rendering, 500), ("1000 together", rendering, 1000),

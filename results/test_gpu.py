@@ -31,7 +31,7 @@ def test_all_parts_of_ten_minutes_with_a_gpu_run_on_a_cpu(tmp_path):
                           env=environment(tmp_path))
     assert done.returncode == 0 and not done.stderr, (done.stdout, done.stderr)       # no FAIL
     parts = [line.split(",")[0] for line in done.stdout.splitlines()]
-    assert [p for p in parts if " " not in p] == ["check", "speed", "images", "pretrain", "finetune", "extras"]
+    assert [p for p in parts if " " not in p] == ["check", "speed", "pretrain", "finetune", "extras"]
     checks = (tmp_path / "out" / "check.txt").read_text().splitlines()
     assert len(checks) > 12 and all(line.startswith("ok  ") for line in checks)
     found = numbers(tmp_path)
