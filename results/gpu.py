@@ -98,7 +98,7 @@ def late(until):
 
 
 def one_by_one(until, functions):
-    """One that fails does not stop the rest. The last line that is printed has all so far, if this is stopped."""
+    """One that fails does not stop the rest. The last line with a > has all so far, if this is stopped."""
     texts = []
     for name, function, *given in functions:
         try:
@@ -107,7 +107,7 @@ def one_by_one(until, functions):
             traceback.print_exc()
             texts.append(f"FAIL {name}: {type(error).__name__}: {' '.join(str(error).split())[:300]}")
             note("check.txt", texts[-1])
-        print("; ".join(texts))
+        print(">", "; ".join(texts))
     return "; ".join(texts)
 
 
@@ -427,7 +427,7 @@ CHILDREN, FAILED = [], []
 
 
 def start(**jobs):
-    """Each job, a function and its arguments, in a process of its own. It writes WORK/name.txt, whose last line is what
+    """Each job, a function and its arguments, in a process of its own. It writes WORK/name.txt, at the end a > and what
     the function returns."""
     def work(name, function, *given):
         os.setsid()
@@ -437,7 +437,7 @@ def start(**jobs):
         os.dup2(file, 1)
         os.dup2(file, 2)
         sys.stdout.reconfigure(line_buffering=True)
-        print(function(*given))
+        print(">", function(*given))
     children = {name: FORK.Process(target=work, args=(name, *job)) for name, job in jobs.items()}
     for child in children.values():
         child.start()
@@ -475,8 +475,10 @@ def finish(part, children, until):
                 collected = time.time()
     texts = []
     for name, child in children.items():
-        *_, last = ["", *(WORK / f"{name}.txt").read_text().splitlines()]
-        texts.append(last if child.exitcode == 0 else f"FAIL {name}, status {child.exitcode}: {last}")
+        lines = (WORK / f"{name}.txt").read_text().splitlines()
+        texts += [line[2:] for line in lines if line.startswith("> ")][-1:]
+        if child.exitcode != 0:
+            texts.append(f"FAIL {name}, status {child.exitcode}: {' '.join(lines[-1:])}")
     FAILED.extend(text for text in texts if "FAIL" in text)
     print(f"{part}, {time.time() - began:.0f} s: {'; '.join(texts)}", flush=True)
     collect()
