@@ -4,7 +4,7 @@
 
 Four parts, one after the other. What does not end in time is stopped, and what fails does not stop the rest.
 
-check    60 s (a sixth of shorter times): the GPU against the CPU, compiled against eager, steps that never wait for the
+check    60 s (at most a quarter of all): the GPU against the CPU, compiled against eager, steps that never wait for the
          device, a run that is resumed, every source. Meanwhile tests of test_onepfrac.py run, the networks of the
          later parts are compiled, which torch keeps on disk, and fine-tuning reads its images.
 speed    as long: rendering, pre-training at `small` and `paper` beside its bare step, augmentation
@@ -519,7 +519,7 @@ def train(until, arms, pretrained):
 
 def drive(total, *parts):
     """-> exit status. The last eight seconds are for stopping."""
-    share, last, parts = min(60, total / 6), START + total - 8, parts or ("check", "speed", "train", "extras")
+    share, last, parts = min(60, total / 4), START + total - 8, parts or ("check", "speed", "train", "extras")
     trained_until, pretrained = last - total / 18, FORK.Event()
     arms = both_arms(trained_until, pretrained) if "train" in parts else {}
     for part in parts:
