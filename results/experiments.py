@@ -35,8 +35,8 @@ BESIDE = {*MACHINE, *"command out root device resume save_every log_every rank l
 # ---- inits.py), flags of fine-tuning.
 
 FEW = "--train-per-class 250"
-SCRATCH = ""                                    # what training from scratch likes better than the recipe's
 SGD, ADAMW = "--optimizer sgd --lr 0.2 --weight-decay 1e-4", "--optimizer adamw --lr 1e-3"
+LONG = "--epochs 60 --eval-epochs 10 --min-crop 0.5 --randaug"
 SHORT, BRIEF = "--steps 1500", f"{FEW} --epochs 3"
 MANY = "--categories 64 --instances 64"
 
@@ -57,8 +57,7 @@ def starts(flags):
 
 
 TABLES = {
-    "transfer": ("250 images a class, 8 epochs", 3, "", FEW, [
-        *starts("")[:3], ("from scratch", None, None, SCRATCH)]),
+    "transfer": ("250 images a class, 8 epochs", 3, "", FEW, starts("")),
     "optimizers": ("the same with other optimizers", 1, "", FEW, [
         (f"{name}, {label}", *rest) for name, flags in (("SGD", SGD), ("AdamW", ADAMW))
         for label, *rest in starts(flags)]),
@@ -68,7 +67,10 @@ TABLES = {
                ("edges of a photograph", None, "--source image --edges canny")),
         ("from scratch", None, None, "")]),
     "few": ("25 images a class, 8 epochs", 3, "", "--train-per-class 25", [
-        starts("")[0], ("from scratch", None, None, SCRATCH)]),
+        starts("")[0], starts("")[3]]),
+    "length": ("all 50,000 images", 1, "", "", [
+        (f"{epochs} epochs, {label}", None, start, tune) for epochs, flags in (
+            (8, ""), (20, "--epochs 20 --eval-epochs 5"), ("60", LONG)) for label, _, start, tune in starts(flags)[::3]]),
     "table2": ("FractalDB, OFDB and 1p-frac", 3, SHORT, BRIEF, tuned(
         ("scratch", 64.2, None), ("FractalDB", 81.6, MANY), ("OFDB", 84.0, "--categories 64"), ("1p-frac", 84.2, ""))),
     "table3": ("contours", 1, SHORT, BRIEF, tuned(
@@ -86,8 +88,8 @@ TABLES = {
     "table9": ("augmentation of pre-training, the recipe with one switch turned", 1, SHORT, BRIEF, tuned(
         ("nano", None, ""), ("without crops", 80.1, "--no-crop"), ("without changes of aspect", 83.6, "--no-aspect"),
         ("without jitter", None, "--no-jitter"), ("with RandAugment", None, "--randaug"), ("with erasing", None, "--erase"),
-        ("with mixup", None, "--mixup"), ("with cutmix", None, "--cutmix"),
-        ("with mixup and cutmix", None, "--mixup --cutmix"), ("with flips", None, "--flip"))),
+        ("without cutmix", 83.3, "--no-cutmix"), ("with mixup", None, "--mixup"),
+        ("with mixup, without cutmix", None, "--mixup --no-cutmix"), ("with flips", None, "--flip"))),
     "table11": ("one photograph (the paper: mean of five) under affine warps", 1, SHORT, BRIEF, tuned(
         ("RGB", 81.6, "--source image"), ("edges", 82.2, "--source image --edges canny"))),
     "table12": ("the edges of one photograph (the paper: mean of five) under warps", 1,
@@ -281,7 +283,15 @@ def curves(table, records):
 
 
 def draw_figures(records):
-    draw(HERE / "transfer.png", [("250 images a class", "thousands of images seen", False, curves("transfer", records))])
+    panels = [("250 images a class, three seeds", "thousands of images seen", False, curves("transfer", records))]
+    lines = {}
+    for row in TABLES["length"][-1]:
+        epochs, label = row[0].split(" epochs, ")
+        if tested := [last(record) for record, _ in found("length", row, records)]:
+            lines.setdefault(label, []).append((int(epochs), tested))
+    if lines:
+        panels.append(("all 50,000 images", "epochs", True, lines))
+    draw(HERE / "transfer.png", panels)
 
 
 def main():
