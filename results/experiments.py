@@ -233,13 +233,16 @@ def found(table, row, records):
 def show(table, records):
     """A table in Markdown: means, standard deviations over seeds, and what pre-training learned of its own task."""
     title, seeds, before, after, rows = TABLES[table]
-    print(f"\n**{table}: {title}.** Pre-training: `{before or 'nano'}`. Fine-tuning: `{after or 'nano'}`.\n\n"
-          "| | paper | top-1 | seeds | of its own task |\n|---|---|---|---|---|")
+    lines = [["", "paper", "top-1", "seeds", "own task"]]
     for row in rows:
         pairs = found(table, row, records)
         own = [first["log"][-1]["top1"] for _, first in pairs if first]
-        print(f"| {row[0]} | {row[1] or ''} | {spread([last(tested) for tested, _ in pairs])} | "
-              f"{len(pairs)} of {seeds} | {f'{statistics.mean(own):.0f}%' if own else ''} |")
+        lines.append([row[0], str(row[1] or ""), spread([last(tested) for tested, _ in pairs]), f"{len(pairs)} of {seeds}",
+                      f"{statistics.mean(own):.0f}%" if own else ""])
+    lines.insert(1, ["---"] * 5)
+    shown = [k for k in range(5) if k == 0 or any(line[k] for line in lines[2:])]       # no empty columns
+    print(f"\n**{table}: {title}.** Pre-training: `{before or 'nano'}`. Fine-tuning: `{after or 'nano'}`.\n")
+    print(*(f"| {' | '.join(line[k] for k in shown)} |" for line in lines), sep="\n")
 
 
 def last(record):

@@ -63,9 +63,9 @@ FORK = multiprocessing.get_context("fork")      # children need no imports; so n
 PATIENCE, GRACE = 2, 4      # seconds: how late a part may be, and then, when it is asked to stop, how long it may save
 
 LITTLE, PICTURES = ("", "") if CUDA else ("--model vit_nano --batch-size 4", "--L 8 --canvas 64 --points 2000")
-PRETRAIN = {
-    "small": f"pretrain --device {DEVICE} --recipe small --optimizer muon --lr 2e-3 --texture fresh --no-cutmix "
-             f"--jitter {LITTLE} {PICTURES} {os.environ.get('PRE', '')}".split(),
+PRETRAIN = {     # small with what did best at nano: Muon, whole stamps, jitter beside its cutmix
+    "small": f"pretrain --device {DEVICE} --recipe small --optimizer muon --lr 2e-3 --texture fill --jitter "
+             f"{LITTLE} {PICTURES} {os.environ.get('PRE', '')}".split(),
     "paper": f"pretrain --device {DEVICE} --recipe paper {LITTLE} {PICTURES}".split()}
 FINETUNE = (f"finetune --device {DEVICE} --recipe small --optimizer muon --weight-decay 0.05 --drop-path 0.1 "
             f"--batch-size 512 --data folder {LITTLE} {os.environ.get('TUNE', '')}").split()
