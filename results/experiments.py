@@ -36,7 +36,7 @@ BESIDE = {*MACHINE, *"command out root device resume save_every log_every rank l
 
 FEW = "--train-per-class 250"
 SGD, ADAMW = "--optimizer sgd --lr 0.2 --weight-decay 1e-4", "--optimizer adamw --lr 1e-3"
-LONG = "--epochs 60 --eval-epochs 10 --min-crop 0.5 --randaug"
+LONG = "--epochs 60 --eval-epochs 10 --batch-size 128 --lr 3e-3 --min-crop 0.5 --randaug"
 SHORT, BRIEF = "--steps 1500", f"{FEW} --epochs 3"
 MANY = "--categories 64 --instances 64"
 
