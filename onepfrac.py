@@ -12,10 +12,10 @@ parameters, one fractal, is all of it. The idea:
     python onepfrac.py finetune --out runs/scratch --train-per-class 250    # the same from scratch
 
 These commands use the default recipe, nano: 64 classes, a network of 0.7 million parameters, images
-of 32x32 pixels, minutes on two CPU cores. Their result on the test set, three seeds: top-1 35.4%
-from the fractal (standard deviation 0.6), 23.1% (0.4) from scratch. (Measured at commit 6d68559;
-pictures and the choice of 250 images have changed since.) The paper has 84.2% and 64.2% for a
-larger network in a far longer training: `--recipe paper` has its settings.
+of 32x32 pixels, minutes on two CPU cores. Their result on the test set, three seeds: top-1 42.9%
+from the fractal (standard deviation 0.6), 36.4% (0.3) from scratch. (results/README.md has the
+records.) The paper has 84.2% and 64.2% for a larger network in a far longer training: `--recipe
+paper` has its settings.
 
 Part One is the whole method, to be read from top to bottom:
     1 fractals       what an iterated function system is, and how complex it is

@@ -112,15 +112,15 @@ def commands(table, row, seed):
     """{name: command} of a row: its pre-training, if it has one, then its fine-tuning."""
     before, after = TABLES[table][2:4]
     _, _, start, tune = row
-    if start is None:
-        start, name, ckpt, runs = "", "scratch", "", {}
-    else:
+    runs, name, ckpt = {}, "scratch", ""
+    if start is not None:
         command = start if start in INITS else f"pretrain {before} {start}"
         name = start if start in INITS else slug(f"{before} {start}") or "nano"
         ckpt = f"--ckpt {RUNS}/starts/{name}/{seed}/last.pt"
-        runs = {f"starts/{name}/{seed}": " ".join(f"{command} --seed {seed}".split())}
-    name = f"{slug(f'{after} {tune}') or 'nano'}/{name}/{seed}"
-    return runs | {name: " ".join(f"finetune {after} {tune} --seed {seed} {ckpt}".split())}
+        runs[f"starts/{name}/{seed}"] = " ".join(f"{command} --seed {seed}".split())
+    runs[f"{slug(f'{after} {tune}') or 'nano'}/{name}/{seed}"] = " ".join(
+        f"finetune {after} {tune} --seed {seed} {ckpt}".split())
+    return runs
 
 
 @functools.cache
@@ -133,11 +133,15 @@ def decisive(args):
     return {name: value for name, value in args.items() if name not in BESIDE}
 
 
-def record_of(name, command, records):
-    """The record of a run, or None: there is none, or it is of other settings."""
-    record = records.get(name)
-    same = record and all(record["settings"].get(k) == v for k, v in settings(command).items())
-    return record if same else None
+def fits(known, command):
+    """Whether known settings are those of a command today. (Initial weights have none.)"""
+    return command.startswith(INITS) or all(known.get(k) == v for k, v in settings(command).items())
+
+
+def measured(runs, records):
+    """The records of the runs of a row, or None: one is missing, or of other settings."""
+    if all(fits(records.get(name, {}).get("settings", {}), command) for name, command in runs.items()):
+        return [records[name] for name in runs if name in records]
 
 
 def read_records():
@@ -170,27 +174,26 @@ def keep(folder, name):
 # ---- Running
 
 def plan(names, records):
-    """{name: command} of the runs without a record, what others start from first."""
+    """{name: command} of the rows that are not measured, what others start from first."""
     runs = {}
     for table in names:
         for row in TABLES[table][-1]:
             for seed in range(TABLES[table][1]):
-                runs |= commands(table, row, seed)
-    missing = {name: command for name, command in runs.items()         # initial weights are no runs
-               if not command.startswith(INITS) and not record_of(name, command, records)}
-    needed = {name for command in missing.values() for name in runs if f"{RUNS}/{name}/" in command}
-    return {name: command for name, command in runs.items()
-            if name in missing or (name in needed and not (RUNS / name / "last.pt").exists())}
+                if not measured(commands(table, row, seed), records):
+                    runs |= commands(table, row, seed)
+    return runs
 
 
 def run(name, command, data):
     """Run a command in its folder, or go on with it; one thread."""
     folder, (kind, *flags) = RUNS / name, command.split()
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     if kind in INITS:
         words = [HERE / "inits.py", kind, folder / "last.pt", *flags]
-        folder.mkdir(exist_ok=True)
-    elif (folder / "last.pt").exists():
+    elif (folder / "args.json").exists():
+        if not fits(json.loads((folder / "args.json").read_text()), command):
+            print(f"{folder} holds a run of other settings; remove it", file=sys.stderr)
+            return
         words = [HERE.parent / "onepfrac.py", "resume", folder]
     else:
         words = [HERE.parent / "onepfrac.py", kind, *flags, *(data.split() if kind == "finetune" else ()),
@@ -200,7 +203,7 @@ def run(name, command, data):
                           text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     if done.returncode:
         print(f"{name} failed: {done.stderr}", file=sys.stderr, flush=True)
-    elif kind not in INITS:
+    elif not measured({name: command}, read_records()) and kind not in INITS:
         keep(folder, name)
 
 
@@ -221,13 +224,9 @@ def spread(values, digits=1):
 
 
 def found(table, row, records):
-    """Of each seed that has a record: the record, and that of its pre-training (or None)."""
-    pairs = []
-    for seed in range(TABLES[table][1]):
-        *before, tested = (record_of(*run, records) for run in commands(table, row, seed).items())
-        if tested:
-            pairs.append((tested, before[0] if before else None))
-    return pairs
+    """Of each seed that is measured: the record, and that of its pre-training (or None)."""
+    all_seeds = [measured(commands(table, row, seed), records) for seed in range(TABLES[table][1])]
+    return [(kept[-1], kept[0] if len(kept) > 1 else None) for kept in all_seeds if kept]
 
 
 def show(table, records):
