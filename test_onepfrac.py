@@ -2049,14 +2049,17 @@ def test_sections_can_be_copied_into_an_empty_file(tmp_path):
     assert done.returncode == 0 and not done.stdout, done.stderr
 
 
-def test_code_of_readme_runs_as_it_says(monkeypatch):
+def test_code_of_readme_runs_as_it_says(monkeypatch, capsys):
     monkeypatch.chdir(SCRIPT.parent)
-    first, second = re.findall(r"```python\n(.*?)```", Path("README.md").read_text(), re.DOTALL)
+    first, game, copied = re.findall(r"```python\n(.*?)```", Path("README.md").read_text(), re.DOTALL)
     names = {}
     exec(first, names)
     assert names["loss"].item() == pytest.approx(math.log(8), abs=1e-5) and names["x"].shape == (8, 3, 224, 224)
     assert names["images"].shape == (8, 512, 512) and names["images"].unique().tolist() == [0, 127]
-    exec(second, names)
+    exec(game, names)
+    assert 75 < int(capsys.readouterr().out.rstrip("%\n")) < 85 and names["mine"].sum() > 5000
+    exec(copied, names)
+    assert names["features"].shape == (2, 96) and 0.1 < names["features"].std() < 10
     state = torch.load("results/nano.pt", weights_only=True)
     assert torch.equal(names["model"].blocks[5].mlp.fc2.weight, state.get("model", state)["blocks.5.mlp.fc2.weight"])
     assert torch.equal(names["images"], op.fractal_data(resolved("pretrain", "--device", "cpu")).images)

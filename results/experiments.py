@@ -25,78 +25,80 @@ sys.path.insert(0, str(HERE.parent))
 import onepfrac as op
 
 RECORDS, RUNS, INITS = HERE / "runs.jsonl", Path("runs"), ("mimetic", "impulse")
-MACHINE = "device processor threads torch world".split()
-# What a result does not depend on, or what the commit and the name say.
+MACHINE = "device processor precision threads torch world".split()
+# Not compared: where it ran, how often it saved and tested, and what the name tells.
 BESIDE = {*MACHINE, *"command out root device resume save_every log_every rank lead eval_epochs commit classes images "
-          "data precision ckpt".split()}
+          "data ckpt".split()}
 
 # ---- What is run. A table: title, seeds, flags of every pre-training, flags of every fine-tuning, rows. A row: label,
 # ---- CIFAR-100 top-1 in the paper, flags of pre-training (None: from scratch; "mimetic", "impulse": weights of
 # ---- inits.py), flags of fine-tuning.
 
-FEW = "--train-per-class 250"
 SGD, ADAMW = "--optimizer sgd --lr 0.2 --weight-decay 1e-4", "--optimizer adamw --lr 1e-3"
 LONG = "--epochs 60 --eval-epochs 10 --batch-size 128 --lr 3e-3 --min-crop 0.5 --randaug"
-SHORT, BRIEF = "--steps 1500", f"{FEW} --epochs 3"
+C250 = "--train-per-class 250"                 # images of CIFAR-100
+SHORT, BRIEF = "--steps 1500", f"{C250} --epochs 3"
 MANY = "--categories 64 --instances 64"
 
 
-def tuned(*rows):
+def alike(*rows):
+    """Rows whose fine-tuning is that of the table."""
     return [(*row, "") for row in rows]
 
 
 def sweep(flag, top1):
-    return tuned(*((str(value), paper, f"--{flag} {value}") for value, paper in top1.items()))
+    return alike(*((str(value), paper, f"--{flag} {value}") for value, paper in top1.items()))
 
 
-def starts(flags):
-    """Rows of every start with the same flags of fine-tuning."""
-    return [(label, None, start, flags) for label, start in (
-        ("from one fractal", ""), ("impulse initialisation", "impulse"), ("mimetic initialisation", "mimetic"),
-        ("from scratch", None))]
+def both(label, flags):
+    """The two rows of a comparison, with flags of fine-tuning."""
+    return [(f"{label}from one fractal", None, "", flags), (f"{label}from scratch", None, None, flags)]
+
+
+def by_hand(label, flags):
+    """Rows of initialisations without training."""
+    return [(f"{label}{kind} initialisation", None, kind, flags) for kind in INITS]
 
 
 TABLES = {
-    "transfer": ("250 images a class, 8 epochs", 3, "", FEW, starts("")),
-    "optimizers": ("the same with other optimizers", 1, "", FEW, [
-        (f"{name}, {label}", *rest) for name, flags in (("SGD", SGD), ("AdamW", ADAMW))
-        for label, *rest in starts(flags)]),
+    "transfer": ("250 images a class, 8 epochs", 3, "", C250, both("", "") + by_hand("", "")),
+    "time": ("as long as pre-training and 8 epochs", 1, "", C250, both("", "--epochs 28")),
+    "optimizers": ("other optimizers", 1, "", C250, [
+        row for label, flags in (("SGD, ", SGD), ("AdamW, ", ADAMW)) for row in both(label, flags) + by_hand(label, flags)]),
     "try": ("README's experiments", 1, "--steps 1000", "--train-per-class 250 --epochs 2", [
-        *tuned(("the default", None, ""), ("Delta 0.001", None, "--delta 0.001"), ("without crops", None, "--no-crop"),
+        *alike(("the default", None, ""), ("Delta 0.001", None, "--delta 0.001"), ("without crops", None, "--no-crop"),
                ("noise", None, "--source gaussian --texture random"), ("another fractal", None, "--fractal-seed 0"),
                ("edges of a photograph", None, "--source image --edges canny")),
         ("from scratch", None, None, "")]),
-    "few": ("25 images a class, 8 epochs", 3, "", "--train-per-class 25", [
-        starts("")[0], starts("")[3]]),
+    "few": ("25 images a class, 8 epochs", 3, "", "--train-per-class 25", both("", "")),
     "length": ("all 50,000 images", 1, "", "", [
-        (f"{epochs} epochs, {label}", None, start, tune) for epochs, flags in (
-            (8, ""), (20, "--epochs 20 --eval-epochs 5"), ("60", LONG)) for label, _, start, tune in starts(flags)[::3]]),
-    "table2": ("FractalDB, OFDB and 1p-frac", 3, SHORT, BRIEF, tuned(
+        row for epochs, flags in ((8, ""), (20, "--epochs 20"), (60, LONG)) for row in both(f"{epochs} epochs, ", flags)]),
+    "table2": ("FractalDB, OFDB and 1p-frac", 3, SHORT, BRIEF, alike(
         ("scratch", 64.2, None), ("FractalDB", 81.6, MANY), ("OFDB", 84.0, "--categories 64"), ("1p-frac", 84.2, ""))),
-    "table3": ("contours", 1, SHORT, BRIEF, tuned(
+    "table3": ("contours", 1, SHORT, BRIEF, alike(
         ("RCDB", 81.6, f"--source rcdb {MANY}"), ("RCDB, one a category", 80.4, "--source rcdb --categories 64"),
         ("RCDB, one image", 82.5, "--source rcdb"), ("Visual Atoms", 84.9, f"--source va {MANY}"),
         ("Visual Atoms, one a category", 82.1, "--source va --categories 64"),
         ("Visual Atoms, one image", 82.6, "--source va"))),
-    "table4": ("one image of noise, in random 3x3 masks", 1, f"{SHORT} --texture random", BRIEF, tuned(
+    "table4": ("one image of noise, in random 3x3 masks", 1, f"{SHORT} --texture random", BRIEF, alike(
         ("Gaussian", 1.1, "--source gaussian"), ("uniform", 2.0, "--source uniform"), ("1p-frac", 84.2, ""))),
     "table5": ("perturbation degree Delta", 3, SHORT, BRIEF, sweep("delta", {
         0.001: 1.2, 0.01: 19.9, 0.05: 83.0, 0.1: 84.2, 0.2: 83.4, 1.0: 82.6})),
     "table6": ("sigma-factor", 1, SHORT, BRIEF, sweep("sigma", {
         3.5: 84.2, 4.0: 82.8, 4.5: 81.9, 5.0: 82.2, 6.0: 81.3})),
     "table7": ("number of perturbations L", 3, SHORT, BRIEF, sweep("L", {16: 78.7, 64: 82.3, 512: 82.4, 1000: 84.2})),
-    "table9": ("augmentation of pre-training, the recipe with one switch turned", 1, SHORT, BRIEF, tuned(
+    "table9": ("augmentation of pre-training, the recipe with one switch turned", 1, SHORT, BRIEF, alike(
         ("nano", None, ""), ("without crops", 80.1, "--no-crop"), ("without changes of aspect", 83.6, "--no-aspect"),
         ("without jitter", None, "--no-jitter"), ("with RandAugment", None, "--randaug"), ("with erasing", None, "--erase"),
         ("without cutmix", 83.3, "--no-cutmix"), ("with mixup", None, "--mixup"),
         ("with mixup, without cutmix", None, "--mixup --no-cutmix"), ("with flips", None, "--flip"))),
-    "table11": ("one photograph (the paper: mean of five) under affine warps", 1, SHORT, BRIEF, tuned(
+    "table11": ("one photograph (the paper: mean of five) under affine warps", 1, SHORT, BRIEF, alike(
         ("RGB", 81.6, "--source image"), ("edges", 82.2, "--source image --edges canny"))),
     "table12": ("the edges of one photograph (the paper: mean of five) under warps", 1,
-                f"{SHORT} --source image --edges canny", BRIEF, tuned(
+                f"{SHORT} --source image --edges canny", BRIEF, alike(
                     ("affine", 81.9, ""), *((warp, top1, f"--warp {warp}") for warp, top1 in (
                         ("homography", None), ("elastic", 37.0), ("polynomial", 81.3))))),
-    "table13": ("random patch augmentation", 1, SHORT, BRIEF, tuned(
+    "table13": ("random patch augmentation", 1, SHORT, BRIEF, alike(
         ("OFDB", 84.0, "--categories 64 --texture random"), ("1p-frac", 84.2, "--texture random"),
         ("OFDB w/ Aug.", 85.3, "--categories 64 --texture fresh"), ("1p-frac w/ Aug.", 84.7, "--texture fresh"))),
 }
@@ -150,22 +152,30 @@ def read_records():
     return {record["name"]: record for record in map(json.loads, lines)}
 
 
+def words(args):
+    """The command line of a run's settings, without what the recipe says."""
+    line = [args["command"]]
+    for name, usual in vars(op.parse(line)).items():
+        value, flag = args.get(name), name.replace("_", "-")
+        if name in BESIDE or value == usual:
+            continue
+        if isinstance(value, bool):
+            line.append(f"--{flag}" if value else f"--no-{flag}")
+        else:
+            line += [f"--{flag}", f"{value:g}" if isinstance(value, float) else str(value)]
+    if args.get("ckpt"):
+        line += ["--ckpt", args["ckpt"][max(0, args["ckpt"].find(f"{RUNS}/")):]]
+    return " ".join(line)
+
+
 def keep(folder, name):
     """Add the record of a finished run to runs.jsonl. Of the log it keeps tests, and some twenty other lines."""
     args = json.loads((folder / "args.json").read_text())
-    command = [args["command"]]
-    for flag, usual in vars(op.parse(command)).items():         # all that the recipe does not say
-        if flag not in BESIDE and args[flag] != usual:
-            on, word = args[flag], flag.replace("_", "-")
-            command += [f"--{word}" if on else f"--no-{word}"] if isinstance(on, bool) else [f"--{word}", f"{on:g}"
-                        if isinstance(on, float) else str(on)]
-    if args.get("ckpt"):
-        command += ["--ckpt", args["ckpt"][max(0, args["ckpt"].find(f"{RUNS}/")):]]
     log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     every = -(-len(log) // 20)
     log = [line for k, line in enumerate(log) if "test_top1" in line or k % every == 0 or k == len(log) - 1]
     log = [{key: round(value, 6) for key, value in line.items()} for line in log]
-    record = dict(name=name, command=" ".join(command), settings=decisive(args) | dict(images=args.get("images")),
+    record = dict(name=name, command=words(args), settings=decisive(args) | dict(images=args.get("images")),
                   commit=args["commit"], machine={k: args[k] for k in MACHINE}, log=log)
     with RECORDS.open("a") as file:
         file.write(json.dumps(record) + "\n")
@@ -217,10 +227,10 @@ def run_all(runs, data, workers):
 
 # ---- Showing
 
-def spread(values, digits=1):
+def spread(values):
     """Mean (standard deviation), or one value, or that there is none."""
-    text = f"{statistics.mean(values):.{digits}f}" if values else "not run"
-    return text + (f" ({statistics.stdev(values):.{digits}f})" if len(values) > 1 else "")
+    text = f"{statistics.mean(values):.1f}" if values else "not run"
+    return text + (f" ({statistics.stdev(values):.1f})" if len(values) > 1 else "")
 
 
 def found(table, row, records):
@@ -232,14 +242,14 @@ def found(table, row, records):
 def show(table, records):
     """A table in Markdown: means, standard deviations over seeds, and what pre-training learned of its own task."""
     title, seeds, before, after, rows = TABLES[table]
-    lines = [["", "paper", "top-1", "seeds", "own task"]]
+    lines = []
     for row in rows:
-        pairs = found(table, row, records)
-        own = [first["log"][-1]["top1"] for _, first in pairs if first]
-        lines.append([row[0], str(row[1] or ""), spread([last(tested) for tested, _ in pairs]), f"{len(pairs)} of {seeds}",
-                      f"{statistics.mean(own):.0f}%" if own else ""])
-    lines.insert(1, ["---"] * 5)
-    shown = [k for k in range(5) if k == 0 or any(line[k] for line in lines[2:])]       # no empty columns
+        (label, paper, _, tune), pairs = row, found(table, row, records)
+        own = [start["log"][-1]["top1"] for _, start in pairs if start]
+        lines.append([label, f"`{tune}`" if tune else "", str(paper or ""), spread([last(tested) for tested, _ in pairs]),
+                      f"{len(pairs)} of {seeds}", f"{statistics.mean(own):.0f}%" if own else ""])
+    lines = [["", "fine-tuning", "paper", "top-1", "seeds", "own task"], ["---"] * 6, *lines]
+    shown = [k for k in range(6) if k == 0 or any(line[k] for line in lines[2:])]       # no empty columns
     print(f"\n**{table}: {title}.** Pre-training: `{before or 'nano'}`. Fine-tuning: `{after or 'nano'}`.\n")
     print(*(f"| {' | '.join(line[k] for k in shown)} |" for line in lines), sep="\n")
 
@@ -249,11 +259,14 @@ def last(record):
 
 
 def show_search(records):
-    """Run by run, what was tried on held-out training images, in the order of its result."""
-    print("\n**search: tested on held-out training images.**\n\n| run | command | top-1 | commit |\n|---|---|---|---|")
-    for record in sorted((r for name, r in records.items() if name.startswith("search/")), key=lambda r: r["name"]):
-        top1 = record["log"][-1].get("test_top1", record["log"][-1].get("top1"))
-        print(f"| {record['name'].removeprefix('search/')} | `{record['command']}` | {top1:.1f} | {record['commit']} |")
+    """Run by run, what was tried: pre-training, and fine-tuning on training images with others held out."""
+    for kind, what in ("pretrain", "own task"), ("finetune", "top-1, held-out training images"):
+        print(f"\n| {kind} | command, from today's recipe | {what} | commit |\n|---|---|---|---|")
+        for name, record in sorted(records.items()):
+            if name.startswith("search/") and record["command"].startswith(kind):
+                end = record["log"][-1]
+                print(f"| {name.removeprefix('search/')} | `{record['command']}` | "
+                      f"{end.get('test_top1', end.get('top1')):.1f} | {record['commit']} |")
 
 
 def draw(path, panels):
@@ -285,12 +298,13 @@ def curves(table, records):
 
 
 def draw_figures(records):
-    panels = [("250 images a class, three seeds", "thousands of images seen", False, curves("transfer", records))]
+    panels = [("250 images a class (a dot: a seed)", "thousands of images seen", False, curves("transfer", records))]
     lines = {}
     for row in TABLES["length"][-1]:
-        epochs, label = row[0].split(" epochs, ")
-        if tested := [last(record) for record, _ in found("length", row, records)]:
-            lines.setdefault(label, []).append((int(epochs), tested))
+        pairs = found("length", row, records)
+        if pairs:
+            lines.setdefault(row[0].split(", ")[1], []).append(
+                (pairs[0][0]["settings"]["epochs"], [last(tested) for tested, _ in pairs]))
     if lines:
         panels.append(("all 50,000 images", "epochs", True, lines))
     draw(HERE / "transfer.png", panels)
@@ -305,7 +319,7 @@ def main():
     parser.add_argument("--data", default="--data cifar100", help="flags: where CIFAR-100 is")
     parser.add_argument("--workers", type=int, default=2, help="runs at a time")
     args = parser.parse_args()
-    if unknown := {*args.names} - {*TABLES, "search"}:
+    if unknown := {*args.names} - {*TABLES, *["search"] * (not args.plan and not args.run)}:
         parser.error(f"no table {', '.join(unknown)}; there are {', '.join(TABLES)}, search")
     records = read_records()
     names = [name for name in args.names or TABLES if name in TABLES]

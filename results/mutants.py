@@ -8,7 +8,7 @@ import sys
 import time
 from pathlib import Path
 
-SLOW = "not speed and not faults and not reproduce and not test_lines"
+SLOW = "not speed and not faults and not experiments and not test_lines"
 STEPS = "torch.rand(BURN_IN + -(-points // K), K, generator=generator)"
 LABELS = "labels = torch.arange(args.categories).{}(args.instances)\n    return Data(labels, draw, "
 MUTANTS = [  # name, text of onepfrac.py (once in it), text with the fault
