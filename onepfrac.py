@@ -796,7 +796,7 @@ def make_model(args, classes):
     """The network with its initial weights."""
     dim, depth, heads = MODELS[args.model]
     torch.manual_seed(seed_for(args.seed, "weights"))
-    with blaming("--patch-size"):  # turns a ValueError into a line that names the flag: D
+    with blaming("--img-size or --patch-size"):  # turns a ValueError into a line that names the flag: D
         return ViT(args.img_size, args.patch_size, classes, dim, depth, heads, args.drop_path)
 
 
@@ -812,7 +812,7 @@ def make_augment(args, classes, **more):
 def pretrain(args):
     """Pre-train on the images of --source, by default L perturbed copies of one fractal."""
     data = source_data(args)  # section 3, or B
-    if args.lead:  # rank 0
+    if args.lead and not args.resume:  # rank 0
         write_json(Path(args.out) / "omega.json", data.omega)
     classes = int(data.labels.max()) + 1
     augment = make_augment(args, classes, flip=(args.flip / 2,) * 2, erase=args.erase / 2)
@@ -1205,14 +1205,17 @@ def read_image(file):
     """An image file as a PIL image in RGB, as a viewer shows it: upright by its EXIF tag, over
     white where it is transparent, greys of any depth scaled; ValueError if they are negative or
     above 16 bits. (`main` makes Pillow's warning of decompression bombs an error.)"""
+    if not Path(file).is_file():
+        raise ValueError("is no file")  # a pipe would wait for ever
     with Image.open(file) as image:
         image = ImageOps.exif_transpose(image)
         if image.mode[0] in "IF":  # 16 or 32 bits, or floats: no file says which is white
             grey = np.asarray(image, np.float64)
             if not (grey.min() >= 0 and grey.max() <= 65535):
                 raise ValueError(f"greys from {grey.min():g} to {grey.max():g}")
-            white = min(white for white in (1, 255, 4095, 65535) if grey.max() <= white)
-            image = Image.fromarray((grey * (255 / white) + 0.5).astype(np.uint8))
+            whites = 1.1, 255, 1023, 4095, 16383, 65535  # resampled floats pass 1 a little
+            white = math.floor(min(white for white in whites if grey.max() <= white))
+            image = Image.fromarray((grey * (255 / white) + 0.5).clip(0, 255).astype(np.uint8))
         if image.has_transparency_data:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -1236,13 +1239,16 @@ class Folder(torchvision.datasets.ImageFolder):
             found += len(files)
             if Path(path).is_symlink() and Path(path).resolve() in Path(path).parents:
                 raise ValueError(f"{path} links to a folder that it is in")
-        super().__init__(root, loader=read_image)
+        super().__init__(root, loader=read_image,  # macOS packs ._x.png beside each x.png
+                         is_valid_file=lambda file: not Path(file).name.startswith(".")
+                         and torchvision.datasets.folder.is_image_file(file))
         self.left_out = found - len(self.samples)
 
     def find_classes(self, directory):
         names, _ = super().find_classes(directory)
         names = [name for name in names if not name.startswith(".")]
-        if len(names) < 2 or set(names) <= {"train", "val", "validation", "test"}:
+        parts = {"train", "training", "val", "valid", "validation", "test", "testing", "eval"}
+        if len(names) < 2 or len({name.lower() for name in names} & parts) > 1:
             raise ValueError(f"need two or more folders, one a class, and not: {' '.join(names)}")
         return names, {name: k for k, name in enumerate(names)}
 
@@ -1257,6 +1263,9 @@ def open_datasets(args):
     """--data -> two torchvision datasets, to train and to test on, downloaded if they must be."""
     if args.data == "folder":
         test = "test" if Path(args.root, "test").is_dir() else "val"
+        if not (Path(args.root, "train").is_dir() and Path(args.root, test).is_dir()):
+            raise InputError(f"--root {args.root}: needs folders train/ and test/ (or val/), in "
+                             "each a folder for a class")
         sets = open_folder(f"{args.root}/train"), open_folder(f"{args.root}/{test}")
         if sets[0].classes != sets[1].classes:
             raise InputError(f"--root {args.root}: the classes of train/ and {test}/ differ")
@@ -1310,7 +1319,7 @@ def balanced_subset(labels, order, per_class=None, holdout=0.0):
         members = order[labels[order] == label][:per_class]
         if per_class and len(members) < per_class:
             raise InputError(f"--train-per-class {per_class}: class {label} has {len(members)}")
-        cut = round(holdout * len(members))
+        cut = min(round(holdout * len(members)), len(members) - 1)
         held.append(members[:cut])
         chosen.append(members[cut:])
     return torch.cat(chosen), torch.cat(held)
@@ -1478,8 +1487,10 @@ def load_weights(model, path):
         grid = F.interpolate(grid, size=(new, new), mode="bicubic", antialias=True)
         state["pos_embed"] = torch.cat([pos[:, :1], grid.flatten(2).transpose(1, 2)], 1)
         state |= {name: own[name] for name in ("head.weight", "head.bias")}
-        if not all(t.isfinite().all() for t in state.values()):
-            raise ValueError("a weight is not finite")
+        bad = [name for name, t in state.items() if not (torch.is_tensor(t) and t.isfinite().all()
+                                                         and t.is_floating_point())]
+        if bad:
+            raise ValueError(f"not finite numbers: {', '.join(bad)}")
         model.load_state_dict(state)
 
 
@@ -1558,7 +1569,7 @@ def open_run(args):
         yield
         return
     with claimed(out):
-        if not args.resume and (out / "last.pt").exists():
+        if not args.resume and any((out / name).exists() for name in ("last.pt", "curve.png")):
             raise InputError(f"--out {out}: holds a run; give another --out, or `resume {out}`")
         if not args.resume:
             gpu = torch.cuda.get_device_name() if args.device.startswith("cuda") else None
@@ -1598,7 +1609,7 @@ def memory_for_images(device):
         free = 2 ** 34  # where it is not told
         with contextlib.suppress(OSError, ValueError):
             [available] = re.findall(r"MemAvailable: *(\d+)", Path("/proc/meminfo").read_text())
-            free = 1024 * int(available) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+            free = 1024 * int(available) // max(1, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     return min(MOST_MEMORY, free // 2)
 
 
@@ -1636,8 +1647,11 @@ class Run:
         with blaming(f"resume: {last} is no run of this version; --ckpt starts from its weights"):
             if not all(t.isfinite().all() for t in saved["model"].values()):
                 raise ValueError("a weight is not finite")
-            if saved["args"]["optimizer"] != self.args.optimizer or saved["step"] < 0:
-                raise ValueError("the optimizer was another, or the step is below 0")
+            place = ("out", "root", "device", "resume", "rank", "lead")
+            other = [name for name, value in vars(self.args).items()
+                     if name not in place and value != saved["args"].get(name)]
+            if other or not 0 <= saved["step"] <= self.steps:
+                raise ValueError(f"its {', '.join(other) or 'step'} is not that of args.json")
             self.step, self.seconds = int(saved["step"]), float(saved["seconds"])
             self.log = [dict(r, step=int(r["step"]), images=int(r["images"])) for r in saved["log"]]
             json.dumps(self.log)  # plain values, or an error
@@ -1668,6 +1682,8 @@ class Run:
             signal.signal(number, handler)
         if self.live:
             say("")
+        if kind is InputError:  # an image cannot be read
+            self.save()
         if self.args.lead and kind is None:
             self.save_curve()
 
@@ -1880,7 +1896,7 @@ def path(text):
     """An argparse type: a path, not an empty one (as from a variable that is not set)."""
     if not text:
         raise argparse.ArgumentTypeError("is empty; leave the flag out, or give a path")
-    return text
+    return os.path.expanduser(text)  # shells leave the ~ of --out=~/runs
 
 
 whole, real = functools.partial(number, int), functools.partial(number, float)
@@ -1919,7 +1935,7 @@ def picture_flags(command):
     add("--fractal-seed", default=32, type=whole(0, 2 ** 62), help="which fractal or other image")
     add("--num-maps", default=2, type=whole(2, 1000), help="N of Eq. 1")
     add("--canvas", default=512, type=whole(16, 4096), help="pixels a side, as drawn")
-    add("--points", default=100_000, type=whole(1), help="dots of an image")
+    add("--points", default=100_000, type=whole(1, 10 ** 8), help="dots of an image")
     add("--texture", default="random", choices=("random", "fresh", "fill", "point"),
         help="of the dots: random masks; fresh ones at each step (Table 13, \"w/ Aug.\"); whole "
              "3x3 squares; single pixels")
@@ -1936,12 +1952,12 @@ def training_flags(command):
 
     add = command.add_argument_group("network").add_argument
     add("--model", default="vit_tiny", choices=MODELS, help="Vision Transformer")
-    add("--img-size", default=224, type=whole(1), help="pixels a side, as the network sees")
+    add("--img-size", default=224, type=whole(1, 4096), help="pixels a side, as the network sees")
     add("--patch-size", default=16, type=whole(1), help="pixels a side of a patch")
     add("--drop-path", default=0.1, type=real(0, 0.99), help="stochastic depth")
 
     add = command.add_argument_group("optimisation").add_argument
-    add("--batch-size", default=256, type=whole(1), help="on all ranks together")
+    add("--batch-size", default=256, type=whole(1, 10 ** 6), help="on all ranks together")
     add("--optimizer", default="adamw", choices=("adamw", "sgd", "muon"),
         help="sgd: Nesterov momentum 0.9; muon: for matrices in blocks, adamw for the rest")
     add("--lr", default=5e-4, type=real(1e-9), help="peak learning rate")
@@ -2090,7 +2106,7 @@ def parse(argv=None):
     words = sys.argv[1:] if argv is None else argv
     args, resume = parse_words(words), False
     if args.command == "resume":
-        resume = Path(args.folder, "last.pt").exists()  # else the run begins again
+        resume = os.path.lexists(f"{args.folder}/last.pt")  # else the run begins again
         args = parse_words(words_of_run(args.folder, args.root))
     else:
         refuse_idle_flags(args, words)
@@ -2125,6 +2141,7 @@ def keep_memory():
 def main(argv=None):
     """Run one command -> exit status."""
     keep_memory()
+    warnings.filterwarnings("ignore", module="PIL")  # of a broken EXIF tag
     warnings.simplefilter("error", Image.DecompressionBombWarning)  # above 90 million pixels
     args = None
     try:

@@ -18,6 +18,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -719,17 +720,17 @@ def pretrained(tmp_path_factory):
     out, printed = tmp_path_factory.mktemp("runs") / "pretrain", io.StringIO()
     with contextlib.redirect_stdout(printed):
         assert main("pretrain", "--delta", 0.4, "--L", 8, "--steps", 160, "--batch-size", 32, "--canvas", 32,
-                    "--points", 2000, "--warmup", 0.1, "--log-every", 20, *TINY, "--out", out) == 0
+                    "--points", 2000, "--warmup", 0.1, "--log-every", 20, "--no-cutmix", *TINY, "--out", out) == 0
     return out, printed.getvalue()
 
 
 def test_pretraining_learns_and_its_folder_explains_itself(pretrained):
     out, printed = pretrained
-    assert "images/s" in printed and "left" in printed and "lr 9.99" in printed and "160 steps of 32" in printed
+    assert "images/s" in printed and "left" in printed and "lr 2.00" in printed and "160 steps of 32" in printed
     log, args, omega = read_log(out), *(json.loads((out / f"{k}.json").read_text()) for k in ("args", "omega"))
     assert [r["step"] for r in log] == list(range(20, 161, 20)) and log[-1]["images"] == 160 * 32
     assert log[0]["loss"] > 0.8 * math.log(8) and log[-1]["loss"] < 0.7 * math.log(8)
-    assert args["command"] == "pretrain" and args["delta"] == 0.4 and args["sigma"] == 3.5 and args["lr"] == 1e-3
+    assert args["command"] == "pretrain" and args["delta"] == 0.4 and args["sigma"] == 3.5 and args["lr"] == 2e-3
     base, eps = torch.tensor(omega["base"]), torch.tensor(omega["eps"])
     assert (base == op.base_ifs(2, 3.5, args["fractal_seed"])).all()
     assert eps.shape == (8, 2, 2, 3) and 0.15 < eps.abs().max() <= 0.2 + 1e-6
@@ -1194,6 +1195,80 @@ def test_a_run_names_its_images_and_goes_on_only_with_them(tmp_path, refused, ca
     large = line(root, "large")
     (root / "train" / "down" / "3.png").rename(root / "train" / "down" / "other.png")
     assert line(root, "renamed") != large != first and "other images" in refused("resume", tmp_path / "large")
+
+
+
+def test_parts_hidden_files_pipes_and_links_of_a_folder(tmp_path, refused, capsys):
+    root = stripes(tmp_path / "stripes")
+    fine = ["finetune", "--data", "folder", "--epochs", 0.1, "--batch-size", 8, *QUICK]
+    (root / "train" / "down" / "._0.png").write_bytes(b"of macOS")              # counted, not read
+    assert main(*fine, "--root", root, "--out", tmp_path / "run") == 0
+    assert "(1 files left out" in capsys.readouterr().out
+    (tmp_path / "parts" / "docs").mkdir(parents=True)
+    for part, name in (("train", "Train"), ("test", "valid")):
+        (root / part).rename(tmp_path / "parts" / name)
+    error = refused("pretrain", "--source", "folder", "--root", tmp_path / "parts", *TINY, "--out", tmp_path / "p")
+    assert "Train" in error and "valid" in error
+    assert "test/ (or val/)" in refused(*fine, "--root", tmp_path / "parts", "--out", tmp_path / "p")
+    os.mkfifo(tmp_path / "x.png")                                               # nobody writes into it
+    with pytest.raises(ValueError, match="no file"):
+        op.read_image(tmp_path / "x.png")
+    for top in (1.004, 4.0, 1000.0, 9999.0):                    # resampled above 1; cameras of 10 and 14 bits
+        ramp = np.linspace(0, top, 64, dtype=np.float32).reshape(8, 8)
+        Image.fromarray(ramp).save(tmp_path / "ramp.tif")
+        read = np.asarray(op.read_image(tmp_path / "ramp.tif"))[..., 0].astype(int)
+        assert (np.diff(read.flatten()) >= 0).all()
+        assert read.max() == {1.004: 255, 4.0: 4, 1000.0: 249, 9999.0: 156}[top]
+    few, held = op.balanced_subset(torch.tensor([0, 1, 1, 1]), torch.arange(4), holdout=0.9)
+    assert few.tolist() == [0, 3] and held.tolist() == [1, 2]   # each class keeps one to train on
+
+
+def test_no_run_is_lost_to_a_moved_checkpoint_or_to_edited_settings(trained, tmp_path, refused, monkeypatch):
+    def copy():
+        shutil.rmtree(tmp_path / "run", ignore_errors=True)
+        return shutil.copytree(trained, tmp_path / "run")
+    run = copy()
+    before = {file.name: file.read_bytes() for file in run.iterdir()}
+    (run / "last.pt").rename(tmp_path / "kept.pt")
+    assert "holds a run" in refused("pretrain", *SMALL, *QUICK, "--steps", 6, "--seed", 9, "--out", run)
+    (run / "last.pt").symlink_to(tmp_path / "unmounted" / "last.pt")
+    assert "no such file" in refused("resume", run)
+    for name, value in dict(delta=0.3, lr=0.5, batch_size=4, source="gaussian", seed=5, steps=5).items():
+        run = copy()
+        saved = json.loads((run / "args.json").read_text())
+        (run / "args.json").write_text(json.dumps(saved | {name: value}))
+        assert name in refused("resume", run)
+        assert (run / "omega.json").read_bytes() == before["omega.json"]
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    assert main("render", *SMALL[:6], "--device", "cpu", "--out=~/pictures") == 0
+    assert (tmp_path / "home" / "pictures").is_dir()
+
+
+def test_an_image_that_cannot_be_read_in_the_middle_of_a_run_loses_no_step(tmp_path, refused, monkeypatch):
+    root = stripes(tmp_path / "stripes")
+    monkeypatch.setattr(op, *NO_MEMORY)
+    monkeypatch.setattr(op, "MOST_MEMORY", 100)
+    command = ["finetune", "--data", "folder", "--root", root, "--epochs", 1, "--batch-size", 8, "--save-every", 100,
+               *QUICK, "--out", tmp_path / "run"]
+    moved = tmp_path / "moved.png"
+
+    def lose():
+        (root / "train" / "down" / "7.png").rename(moved)
+        (root / "train" / "down" / "7.png").write_bytes(b"")
+    with at_step(2, lose):
+        assert "7.png" in refused(*command)
+    saved = torch.load(tmp_path / "run" / "last.pt", weights_only=True)["step"]
+    moved.rename(root / "train" / "down" / "7.png")             # mended
+    assert saved >= 1 and main("resume", tmp_path / "run") == 0 and read_log(tmp_path / "run")[-1]["step"] == 10
+
+
+@pytest.mark.parametrize("spoil", [lambda t: t.to(torch.int8), lambda t: t > 0, lambda t: t.to(torch.complex64),
+                                   lambda t: t.tolist(), lambda t: None, lambda t: "1.0"])
+def test_weights_that_are_no_real_numbers_are_refused(spoil, tmp_path, refused, image_folder):
+    state = op.ViT(16, 4, 2, *op.MODELS["vit_nano"]).state_dict()
+    torch.save(state | {"norm.weight": spoil(state["norm.weight"])}, tmp_path / "x.pt")
+    assert "norm.weight" in refused("finetune", "--data", "folder", "--root", image_folder, "--ckpt", tmp_path / "x.pt",
+                                    "--batch-size", 8, *TINY, "--out", tmp_path / "run")
 
 
 def test_full_memory_gets_one_line_that_names_what_can_be_lowered(refused, tmp_path, monkeypatch):
