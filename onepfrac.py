@@ -796,7 +796,7 @@ def make_model(args, classes):
     """The network with its initial weights."""
     dim, depth, heads = MODELS[args.model]
     torch.manual_seed(seed_for(args.seed, "weights"))
-    with blaming("--img-size or --patch-size"):  # turns a ValueError into a line that names the flag: D
+    with blaming("--img-size or --patch-size"):  # turns a ValueError into one line: section D
         return ViT(args.img_size, args.patch_size, classes, dim, depth, heads, args.drop_path)
 
 

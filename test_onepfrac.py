@@ -1456,7 +1456,7 @@ def test_what_is_not_finite_stops_the_run_and_is_not_saved(tmp_path, monkeypatch
         return result
     monkeypatch.setattr(op, "train_step", spoil)
     error = refused("pretrain", *SMALL, *QUICK, "--steps", 6, "--save-every", 2, "--log-every", 100, "--out", tmp_path)
-    assert "step 4" in error and "--lr 0.001" in error and "nothing is saved" in error
+    assert "step 4" in error and "--lr 0.002" in error and "nothing is saved" in error
     content = saved(tmp_path)
     assert content["step"] == 2 and all(t.isfinite().all() for t in content["model"].values())
     monkeypatch.undo()
@@ -1585,7 +1585,8 @@ def torchrun(folder, *arguments, **environment):
 
 def test_two_processes_fail_together_go_on_train_one_network_and_log_all_of_it(image_folder, tmp_path):
     words = ["finetune", "--data", "folder", "--root", image_folder, "--batch-size", 32, "--epochs", 9.6,
-             "--eval-epochs", 5, *QUICK, "--log-every", 4, "--save-every", 8, "--clip-grad", 0]
+             "--eval-epochs", 5, *QUICK, "--log-every", 4, "--save-every", 8, "--clip-grad", 0, "--optimizer", "sgd",
+             "--lr", 0.2, "--smoothing", 0]            # Adam and Muon would make much of a rounding error
     status, _, errors, before = torchrun(tmp_path, *words, "--out", tmp_path / "two", FAIL_AT="13")
     assert status != 0 and "onepfrac: --source: this rank cannot go on" in errors
     assert saved(tmp_path / "two")["step"] == 8
@@ -2051,8 +2052,8 @@ def usual_weights(tmp_path_factory):
 
 
 @pytest.mark.parametrize("flags", [
-    "--lr 0.1", "--weight-decay 0.3", "--warmup 0.5", "--optimizer sgd", "--optimizer muon", "--clip-grad 0.01",
-    "--randaug", "--no-crop", "--no-aspect", "--erase", "--mixup", "--cutmix", "--flip", "--no-jitter",
+    "--lr 0.1", "--weight-decay 0.3", "--warmup 0.5", "--optimizer sgd", "--optimizer adamw", "--clip-grad 0.01",
+    "--randaug", "--no-crop", "--no-aspect", "--erase", "--mixup", "--no-cutmix", "--flip", "--no-jitter",
     "--smoothing 0.2", "--min-crop 0.5", "--drop-path 0.5", "--model vit_tiny", "--patch-size 4", "--img-size 24",
     "--precision bf16", "--steps 2"])
 def test_flags_of_training_leave_the_picture_alone_and_change_the_training(flags, usual, usual_weights, tmp_path):
