@@ -270,17 +270,17 @@ def show_search(records):
 
 
 def draw(path, panels):
-    """A row of panels (title, x label, log scale?, lines), lines: {label: [(x, [top-1 of each seed])]}."""
+    """A row of panels (title, x label, lines), lines: {label: [(x, [top-1 of each seed])]}."""
     import matplotlib
     matplotlib.use("agg")
     from matplotlib import pyplot as plt
     figure, axes = plt.subplots(1, len(panels), figsize=(1.5 + 4 * len(panels), 3.6), layout="constrained",
                                 squeeze=False)
-    for axis, (title, x_label, log, lines) in zip(axes[0], panels):
+    for axis, (title, x_label, lines) in zip(axes[0], panels):
         for k, (label, points) in enumerate(lines.items()):
             axis.plot([x for x, _ in points], [statistics.mean(y) for _, y in points], f"C{k}o-", ms=4, label=label)
             axis.plot([x for x, ys in points for _ in ys], [y for _, ys in points for y in ys], f"C{k}.", ms=3)
-        axis.set(title=title, xlabel=x_label, xscale="log" if log else "linear")
+        axis.set(title=title, xlabel=x_label)
         axis.grid(alpha=0.3)
         axis.legend(fontsize=8)
     axes[0, 0].set_ylabel("top-1 on CIFAR-100 (%)")
@@ -298,16 +298,9 @@ def curves(table, records):
 
 
 def draw_figures(records):
-    panels = [("250 images a class (a dot: a seed)", "thousands of images seen", False, curves("transfer", records))]
-    lines = {}
-    for row in TABLES["length"][-1]:
-        pairs = found("length", row, records)
-        if pairs:
-            lines.setdefault(row[0].split(", ")[1], []).append(
-                (pairs[0][0]["settings"]["epochs"], [last(tested) for tested, _ in pairs]))
-    if lines:
-        panels.append(("all 50,000 images", "epochs", True, lines))
-    draw(HERE / "transfer.png", panels)
+    seen = "thousands of images seen"
+    draw(HERE / "transfer.png", [("250 images a class (a dot: a seed)", seen, curves("transfer", records)),
+                                 ("all 50,000 images (one seed)", seen, curves("length", records))])
 
 
 def main():
