@@ -274,10 +274,10 @@ def stamp(images, generator=None):
 # perturbed cross entropy" (Eq. 8), is then plain cross entropy.
 #
 # Where does variety within a class come from? As each class has one image, it can only come from
-# augmentation (or from a fresh texture, below). The paper reaches 84.2% on
-# CIFAR-100, without random crops in pre-training 80.1%, without mixup and cutmix 80.4%, from
-# scratch 64.2% (Tables 2 and 9). We conclude that no one switch is the whole story. In pre-training
-# the recipe nano crops, jitters and has cutmix, and does nothing else.
+# augmentation (or from a fresh texture, below). The paper reaches 84.2% on CIFAR-100, without
+# random crops in pre-training 80.1%, without mixup and cutmix 80.4%, from scratch 64.2% (Tables 2
+# and 9). We conclude that no one switch is the whole story. In pre-training the recipe nano has
+# crops, jitter and cutmix, and nothing else.
 #
 # Can you see the difference between classes? The paper says that most of its shapes cannot be told
 # apart by eye. Those of our default fractal can, at Delta = 0.1: see results/fig2b.png.
