@@ -32,7 +32,7 @@ BESIDE = {*MACHINE, *"command out root device resume save_every log_every rank l
 
 # ---- What is run. A table: title, seeds, flags of every pre-training, flags of every fine-tuning, rows. A row: label,
 # ---- CIFAR-100 top-1 in the paper, flags of pre-training (None: from scratch; "mimetic", "impulse": weights of
-# ---- inits.py), flags of fine-tuning.
+# ---- inits.py), flags of fine-tuning. Rows "A / B" are shown as a grid, A down and B across.
 
 SGD, ADAMW = "--optimizer sgd --lr 0.2 --weight-decay 1e-4", "--optimizer adamw --lr 1e-3"
 LONG = "--epochs 60 --eval-epochs 10 --batch-size 128 --lr 3e-3 --min-crop 0.5 --randaug"
@@ -62,9 +62,11 @@ def by_hand(label, flags):
 
 TABLES = {
     "transfer": ("250 images a class, 8 epochs", 3, "", C250, both("", "") + by_hand("", "")),
-    "time": ("as long as pre-training and 8 epochs", 1, "", C250, both("", "--epochs 28")),
-    "optimizers": ("other optimizers", 1, "", C250, [
-        row for label, flags in (("SGD, ", SGD), ("AdamW, ", ADAMW)) for row in both(label, flags) + by_hand(label, flags)]),
+    "time": ("250 images a class; pre-training and 8 epochs take as long as 28 epochs", 1, "", C250,
+             both("8 epochs / ", "") + both("28 epochs / ", "--epochs 28")),
+    "optimizers": ("250 images a class, 8 epochs", 1, "", C250, [
+        row for label, flags in (("SGD / ", SGD), ("AdamW / ", ADAMW), ("Muon / ", ""))
+        for row in both(label, flags) + by_hand(label, flags)]),
     "try": ("README's experiments", 1, "--steps 1000", "--train-per-class 250 --epochs 2", [
         *alike(("the default", None, ""), ("Delta 0.001", None, "--delta 0.001"), ("without crops", None, "--no-crop"),
                ("noise", None, "--source gaussian --texture random"), ("another fractal", None, "--fractal-seed 0"),
@@ -72,7 +74,8 @@ TABLES = {
         ("from scratch", None, None, "")]),
     "few": ("25 images a class, 8 epochs", 3, "", "--train-per-class 25", both("", "")),
     "length": ("all 50,000 images", 1, "", "", [
-        row for epochs, flags in ((8, ""), (20, "--epochs 20"), (60, LONG)) for row in both(f"{epochs} epochs, ", flags)]),
+        row for epochs, flags in ((8, ""), (20, "--epochs 20"), (60, LONG))
+        for row in both(f"{epochs} epochs / ", flags)]),
     "table2": ("FractalDB, OFDB and 1p-frac", 3, SHORT, BRIEF, alike(
         ("scratch", 64.2, None), ("FractalDB", 81.6, MANY), ("OFDB", 84.0, "--categories 64"), ("1p-frac", 84.2, ""))),
     "table3": ("contours", 1, SHORT, BRIEF, alike(
@@ -242,16 +245,23 @@ def found(table, row, records):
 def show(table, records):
     """A table in Markdown: means, standard deviations over seeds, and what pre-training learned of its own task."""
     title, seeds, before, after, rows = TABLES[table]
-    lines = []
+    lines, grid = [], {}
     for row in rows:
         (label, paper, _, tune), pairs = row, found(table, row, records)
         own = [start["log"][-1]["top1"] for _, start in pairs if start]
-        lines.append([label, f"`{tune}`" if tune else "", str(paper or ""), spread([last(tested) for tested, _ in pairs]),
-                      f"{len(pairs)} of {seeds}", f"{statistics.mean(own):.0f}%" if own else ""])
-    lines = [["", "fine-tuning", "paper", "top-1", "seeds", "own task"], ["---"] * 6, *lines]
-    shown = [k for k in range(6) if k == 0 or any(line[k] for line in lines[2:])]       # no empty columns
+        top1, count = spread([last(tested) for tested, _ in pairs]), f"{len(pairs)} of {seeds}"
+        flags = f"`{tune}`" if tune else ""
+        lines.append([label, flags, str(paper or ""), top1, count, f"{statistics.mean(own):.0f}%" if own else ""])
+        down, _, across = label.partition(" / ")
+        grid.setdefault((down, flags), {})[across] = top1 if len(pairs) in (0, seeds) else f"{top1}, {count}"
+    header = ["", "fine-tuning", "paper", "top-1", "seeds", "own task"]
+    if all(" / " in row[0] for row in rows):
+        header = ["", "fine-tuning", *dict.fromkeys(across for cells in grid.values() for across in cells)]
+        lines = [[*key, *(cells.get(across, "") for across in header[2:])] for key, cells in grid.items()]
+        title += f", {seeds} seed{'s' * (seeds > 1)}"
+    shown = [k for k in range(len(header)) if k == 0 or any(line[k] for line in lines)]       # no empty columns
     print(f"\n**{table}: {title}.** Pre-training: `{before or 'nano'}`. Fine-tuning: `{after or 'nano'}`.\n")
-    print(*(f"| {' | '.join(line[k] for k in shown)} |" for line in lines), sep="\n")
+    print(*(f"| {' | '.join(line[k] for k in shown)} |" for line in (header, ["---"] * len(header), *lines)), sep="\n")
 
 
 def last(record):
@@ -297,10 +307,21 @@ def curves(table, records):
     return lines
 
 
+def ends(table, records):
+    """Test accuracy at the end over the epochs of fine-tuning, of a grid: the lines of a panel."""
+    lines = {}
+    for row in TABLES[table][-1]:
+        tested = [tested for tested, _ in found(table, row, records)]
+        if tested:
+            point = tested[0]["settings"]["epochs"], [last(record) for record in tested]
+            lines.setdefault(row[0].partition(" / ")[2], []).append(point)
+    return lines
+
+
 def draw_figures(records):
-    seen = "thousands of images seen"
-    draw(HERE / "transfer.png", [("250 images a class (a dot: a seed)", seen, curves("transfer", records)),
-                                 ("all 50,000 images (one seed)", seen, curves("length", records))])
+    draw(HERE / "transfer.png", [
+        ("250 images a class, 8 epochs (a dot: a seed)", "thousands of images seen", curves("transfer", records)),
+        ("all 50,000 images (a dot: a training)", "epochs of fine-tuning", ends("length", records))])
 
 
 def main():
