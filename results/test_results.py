@@ -172,6 +172,13 @@ def test_experiments_run_what_is_missing_keep_it_and_show_it(tmp_path, monkeypat
     assert f"({2 ** 0.5:.1f}) | 2 of 2 |" in call("tiny").out
     plan = call("--plan").out.splitlines()
     assert len(plan) == 4 and all("--seed 1" in line for line in plan)
+    experiments.TABLES["grid"] = title, 2, before, after, [("2 epochs / scratch", None, None, ""),
+        ("2 epochs / fractal", None, "", ""), ("3 epochs / fractal", None, "", "--epochs 3")]
+    *_, header, _, two, three = call("grid").out.splitlines()
+    [fractal] = [record["log"][-1]["test_top1"] for name, record in records.items()
+                 if name.endswith("points-500/0") and record["command"].startswith("finetune")]
+    assert header == "|  | fine-tuning | scratch | fractal |" and three == "| 3 epochs | `--epochs 3` |  | not run |"
+    assert two == f"| 2 epochs |  | {scratch['log'][-1]['test_top1'] + 1:.1f} (1.4) | {fractal:.1f}, 1 of 2 |"
     monkeypatch.setattr(op, "RECIPES", op.RECIPES | {"nano": ({**op.RECIPES["nano"][0], "clip_grad": 0.5},
                                                                *op.RECIPES["nano"][1:])})
     experiments.settings.cache_clear()
