@@ -14,8 +14,8 @@ parameters, one fractal, is all of it. The idea:
 These commands use the default recipe, nano: 64 classes, a network of 0.7 million parameters, images
 of 32x32 pixels, minutes on two CPU cores. Their result on the test set, three seeds: top-1 42.9%
 from the fractal (standard deviation 0.6), 36.4% (0.3) from scratch. (results/README.md has the
-records.) The paper has 84.2% and 64.2% for a larger network in a far longer training: `--recipe
-paper` has its settings.
+records.) The paper has 84.2% and 64.2% for all images, a larger network and a far longer training:
+`--recipe paper` has its settings.
 
 Part One is the whole method, to be read from top to bottom:
     1 fractals       what an iterated function system is, and how complex it is
@@ -51,8 +51,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 if __name__ == "__main__":  # these are read when torch and matplotlib are imported
-    # Threads that wait for each other soon stop spinning (unless the user says how long): beside
-    # other work on two cores nano trains on 530 to 670 images/s so, instead of 200 to 430.
+    # Threads that wait for each other soon stop spinning (unless the user says how long). Beside
+    # other work on two cores a step took less than half of the time so.
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     os.environ["MPLBACKEND"] = "agg"  # figures are files; a notebook's backend may not be installed
 
@@ -134,11 +134,6 @@ def sample_ifs(num_maps, sigma, generator=None):
 # 3.5 and --fractal-seed 32. One of them multiplies lengths by 0.95 to 0.99.) Therefore the first
 # 500 steps are not drawn. The authors draw them too.
 #
-# Section 3 adds random numbers of up to Delta / 2 to the numbers of the maps. Of the default
-# fractal, nearly half of such perturbations at Delta = 0.1 have a map with a singular value above
-# 1, which stretches in one direction. There is a picture all the same: a long random sequence of
-# the maps contracts on average. (Now and then it throws a dot far out: the picture gets smaller.)
-#
 # For speed, K orbits (paths of a moving point) of each of B systems run side by side, and each
 # leaves up to 500 dots. In each step each orbit picks a map for itself, but the first orbit picks
 # the same ones in all B systems, and so does each other orbit. Else each image would have its own
@@ -171,7 +166,7 @@ def chaos_game(maps, j):
             picked = table.index_select(0, rows)  # (K, 2, 3, B); table[rows] takes 6 times as long
         else:
             picked = table.gather(0, rows[:, None, None].expand(K, 2, 3, B))
-        A_x, A_y, t = picked.unbind(2)  # (K, 2, B) each
+        A_x, A_y, t = picked.unbind(2)  # the columns of A, and t: (K, 2, B) each
         v = torch.addcmul(t, A_x, v[:, :1]).addcmul_(A_y, v[:, 1:])  # A v + t
         if step >= 0:
             dots[:, :, step] = v.permute(1, 2, 0)
@@ -215,8 +210,8 @@ def render_ifs(maps, size=512, points=100_000, dilated=True, generator=None, pro
     square (`stamp` gives it a texture), else a pixel. generator (CPU): of the maps that orbits
     pick, in all images alike. probs (N,) or (B, N): of the maps, by default in proportion to the
     mean |det A| (so a map with det A = 0 needs them). To draw in parts, give each the same probs
-    and an equal generator. A system without an attractor runs away and gives a nearly blank image.
-    ValueError if an argument does not fit.
+    and a generator of the same seed. A system without an attractor runs away and gives a nearly
+    blank image. ValueError if an argument does not fit.
     """
     if maps.ndim != 4 or maps.shape[2:] != (2, 3) or not len(maps) or not maps.isfinite().all():
         raise ValueError("need finite maps (B, N, 2, 3)")
@@ -250,7 +245,7 @@ def stamp(images, generator=None):
     draws = torch.empty(len(images), words, dtype=torch.int64, device=images.device)
     draws.random_(-2 ** 63, None, generator=generator)
     bit = torch.arange(8, dtype=torch.uint8, device=images.device)
-    coins = draws.view(torch.uint8)[:, None] >> bit[:, None] & 1  # (B, 8, 8 words)
+    coins = draws.view(torch.uint8)[:, None] >> bit[:, None] & 1  # (B, 8, 8 * words)
     return images.mul_(coins.flatten(1)[:, :images[0].numel()].view_as(images))
 
 
@@ -263,6 +258,11 @@ def stamp(images, generator=None):
 # the image of maps + eps. (The authors' code does not add. It multiplies each number by one from
 # 1 - Delta to 1 + Delta, `--noise multiplicative`. The default is the paper's, and its Delta, 0.1.)
 #
+# Is there a picture for each eps? Nearly half of the perturbations of the default fractal have a
+# map that stretches in one direction (a singular value above 1). They still have an attractor: a
+# long random sequence of the maps contracts on average. (Now and then the sequence throws a dot far
+# out, and then the picture is smaller.)
+#
 # What is Delta for? As Delta goes to 0 the data become one single image. So with Delta the paper
 # asks how narrow data may be before pre-training fails: in its Table 5 it fails at 0.01 and below.
 #
@@ -274,19 +274,24 @@ def stamp(images, generator=None):
 # perturbed cross entropy" (Eq. 8), is then plain cross entropy.
 #
 # Where does variety within a class come from? As each class has one image, it can only come from
-# augmentation (or from a fresh texture, below). The paper reaches 84.2% on CIFAR-100, without
-# random crops in pre-training 80.1%, without mixup and cutmix 80.4%, from scratch 64.2% (Tables 2
-# and 9). We conclude that no one switch is the whole story. In pre-training the recipe nano has
-# crops, jitter and cutmix, and nothing else.
+# augmentation (section 5; or from a fresh texture, below). The recipe nano has crops, jitter and
+# cutmix in pre-training, and nothing else. In the paper no single kind makes all of the gain:
+#
+#     pre-training                top-1 on CIFAR-100 (Tables 2 and 9)
+#     all augmentation            84.2
+#     without mixup and cutmix    80.4
+#     without random crops        80.1
+#     none: from scratch          64.2
 #
 # Can you see the difference between classes? The paper says that most of its shapes cannot be told
 # apart by eye. Those of our default fractal can, at Delta = 0.1: see results/fig2b.png.
 #
-# And the texture? The authors' code gives each image random masks, once (`--texture random`, as in
-# recipe paper). We infer that they could give a class away without its shape, since they differ
-# from image to image and never change; nobody has measured it. `--texture fresh` draws new ones at
-# each step, the "w/ Aug." of the paper's Table 13. `--texture fill` (nano) has whole squares, and
-# `--texture point` single pixels: they have none.
+# And the texture (`stamp` of section 2)? The authors' code gives each image random masks, once
+# (`--texture random`, as in recipe paper). We infer that they could give a class away without its
+# shape, since they differ from image to image and never change; nobody has measured it.
+# `--texture fresh` draws new ones at each step, the "w/ Aug." of the paper's Table 13. Without
+# masks, `--texture fill` (nano) draws a dot as a whole square of 3x3 pixels, `--texture point` as
+# one pixel.
 #
 # FractalDB and OFDB, older datasets of fractals, are the same program at other settings: they have
 # many fractals ("categories"), and the label is the category. FractalDB has 1,000 images of each,
@@ -418,6 +423,9 @@ def fractal_data(args):
 #
 # The image is cut into patches. Each patch becomes a vector, a token, and a position embedding is
 # added to it. One more token, cls, stands for the whole image: the classifier reads it at the end.
+# Between them are blocks. Each does two things, and adds what comes out to the tokens. Attention:
+# each token compares its query with the keys of all tokens, and takes the mean of their values,
+# weighted by how well they match. MLP: a small network works on each token alone.
 
 MODELS = {  # dim, depth, heads
     "vit_nano": (96, 6, 3),
@@ -531,7 +539,7 @@ def resize_matrix(start, length, pixels, size):
     pixel = torch.arange(pixels, device=start.device)[:, None] + 0.5 - start
     share = pixel / length  # of the way through the box
     pixel = torch.where((share > 0) & (share < 1), pixel, math.inf)  # not in the box: far away
-    d = (pixel - output).abs_().div_(scale.abs().clamp(min=1))  # in the larger pixels of the two
+    d = (pixel - output).abs_().div_(scale.abs().clamp(min=1))  # in the larger of both pixels
     # Twice the kernel is 3 d^3 - 5 d^2 + 2 up to 1, then (1 - d) (2 - d)^2 up to 2, then 0. Both
     # pieces are 0 where they end, so it is their sum, each with d held in its range. In place, as
     # new memory takes longer than the arithmetic on a CPU.
@@ -630,7 +638,8 @@ class Augment:
 
     def mix(self, x, target):
         """Mixup: lambda x + (1 - lambda) x.flip(0). Cutmix, in place: a box of x.flip(0) in x. One
-        lambda ~ Beta for the batch. After cutmix it is the share of the image outside the box."""
+        lambda ~ Beta for the batch. After cutmix it is the share of the image outside the box. If
+        both are on, a coin chooses one for the batch."""
         S = x.shape[-1]
         cut = self.cutmix and (not self.mixup or bool(torch.rand(()) < 0.5))
         alpha = torch.tensor(float(self.cutmix if cut else self.mixup))
@@ -747,7 +756,7 @@ def train(args, model, data, augment, steps, tests=None):
             if step == 0:
                 run.save_samples(x, augment)
             run.count(loss, logits, target)  # and run.step += 1
-            if run.due(args.log_every) or run.due(args.save_every):  # so ranks save sums of 0
+            if run.due(args.log_every) or run.due(args.save_every):  # a save keeps no sums
                 run.log_training(rate)
             if tests and run.due(test_every):
                 run.log_test(evaluate(model, tests, augment, args))
@@ -790,7 +799,7 @@ def evaluate(model, data, augment, args):
 #     jitter        none (RandAugment does it)            on -> off
 #     pixels        (x - 0.5) / 0.5 -> ImageNet's mean and standard deviation, for both
 #
-# All else stays. nano has no RandAugment in both.
+# All else stays. nano has no RandAugment in either.
 
 def make_model(args, classes):
     """The network with its initial weights."""
