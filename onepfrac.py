@@ -51,8 +51,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 if __name__ == "__main__":  # these are read when torch and matplotlib are imported
-    # Threads that wait for each other soon stop spinning (unless the user says how long). Beside
-    # other work on two cores a step took less than half of the time so.
+    # Threads that wait for each other soon stop spinning (unless the user says how long): spinning
+    # keeps a core busy that other work may need.
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     os.environ["MPLBACKEND"] = "agg"  # figures are files; a notebook's backend may not be installed
 

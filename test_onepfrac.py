@@ -1197,7 +1197,6 @@ def test_a_run_names_its_images_and_goes_on_only_with_them(tmp_path, refused, ca
     assert line(root, "renamed") != large != first and "other images" in refused("resume", tmp_path / "large")
 
 
-
 def test_parts_hidden_files_pipes_and_links_of_a_folder(tmp_path, refused, capsys):
     root = stripes(tmp_path / "stripes")
     fine = ["finetune", "--data", "folder", "--epochs", 0.1, "--batch-size", 8, *QUICK]

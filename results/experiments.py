@@ -300,11 +300,11 @@ def draw(path, panels):
 
 
 def curves(table, records):
-    """Test accuracy over the course of fine-tuning: the lines of a panel."""
+    """Test accuracy over the course of fine-tuning: the lines of a panel, of rows with all seeds."""
     lines = {}
     for row in TABLES[table][-1]:
         tests = [[line for line in tested["log"] if "test_top1" in line] for tested, _ in found(table, row, records)]
-        if tests:
+        if len(tests) == TABLES[table][1]:
             lines[row[0]] = [(some[0]["images"] / 1000, [line["test_top1"] for line in some]) for some in zip(*tests)]
     return lines
 
