@@ -38,7 +38,7 @@ SGD, ADAMW = "--optimizer sgd --lr 0.2 --weight-decay 1e-4", "--optimizer adamw 
 OWN = "--batch-size 128 --lr 3e-3"             # the fractal's own best on held-out training images
 LONG = f"--epochs 60 --eval-epochs 10 {OWN} --min-crop 0.5 --randaug"
 C250 = "--train-per-class 250"                 # images of CIFAR-100
-SHORT, BRIEF = "--steps 1500", f"{C250} --epochs 3"
+SHORT, BRIEF = "--steps 1500 --no-cutmix", f"{C250} --epochs 3"      # the paper's tables: four minutes a row
 MANY = "--categories 64 --instances 64"
 
 
@@ -47,8 +47,9 @@ def alike(*rows):
     return [(*row, "") for row in rows]
 
 
-def sweep(flag, top1):
-    return alike(*((str(value), paper, f"--{flag} {value}") for value, paper in top1.items()))
+def sweep(flag, usual, top1):
+    """Rows of several values of a flag, usual: that of nano."""
+    return alike(*((str(value), paper, f"--{flag} {value}" if value != usual else "") for value, paper in top1.items()))
 
 
 def both(label, flags):
@@ -78,8 +79,13 @@ TABLES = {
     "length": ("all 50,000 images", 1, "", "", [
         row for epochs, flags in ((8, OWN), (20, f"--epochs 20 {OWN}"), (60, LONG))
         for row in both(f"{epochs} epochs / ", flags)]),
+    "fig3": ("a linear classifier on the first K blocks, frozen; 250 images a class, 8 epochs", 1, "", C250, [
+        row for k in (1, 2, 3, 4, 6) for row in both(f"K = {k} / ", f"--probe {k}")]),
     "table2": ("FractalDB, OFDB and 1p-frac", 3, SHORT, BRIEF, alike(
         ("scratch", 64.2, None), ("FractalDB", 81.6, MANY), ("OFDB", 84.0, "--categories 64"), ("1p-frac", 84.2, ""))),
+    "fractals": ("other fractals", 1, SHORT, BRIEF, alike(
+        ("--fractal-seed 32, the default", None, ""),
+        *((f"--fractal-seed {seed}", None, f"--fractal-seed {seed}") for seed in (0, 1, 2)))),
     "table3": ("contours", 1, SHORT, BRIEF, alike(
         ("RCDB", 81.6, f"--source rcdb {MANY}"), ("RCDB, one a category", 80.4, "--source rcdb --categories 64"),
         ("RCDB, one image", 82.5, "--source rcdb"), ("Visual Atoms", 84.9, f"--source va {MANY}"),
@@ -87,16 +93,20 @@ TABLES = {
         ("Visual Atoms, one image", 82.6, "--source va"))),
     "table4": ("one image of noise, in random 3x3 masks", 1, f"{SHORT} --texture random", BRIEF, alike(
         ("Gaussian", 1.1, "--source gaussian"), ("uniform", 2.0, "--source uniform"), ("1p-frac", 84.2, ""))),
-    "table5": ("perturbation degree Delta", 3, SHORT, BRIEF, sweep("delta", {
+    "table5": ("perturbation degree Delta", 3, SHORT, BRIEF, sweep("delta", 0.1, {
         0.001: 1.2, 0.01: 19.9, 0.05: 83.0, 0.1: 84.2, 0.2: 83.4, 1.0: 82.6})),
-    "table6": ("sigma-factor", 1, SHORT, BRIEF, sweep("sigma", {
+    "table6": ("sigma-factor", 1, SHORT, BRIEF, sweep("sigma", 3.5, {
         3.5: 84.2, 4.0: 82.8, 4.5: 81.9, 5.0: 82.2, 6.0: 81.3})),
-    "table7": ("number of perturbations L", 3, SHORT, BRIEF, sweep("L", {16: 78.7, 64: 82.3, 512: 82.4, 1000: 84.2})),
-    "table9": ("augmentation of pre-training, the recipe with one switch turned", 1, SHORT, BRIEF, alike(
-        ("nano", None, ""), ("without crops", 80.1, "--no-crop"), ("without changes of aspect", 83.6, "--no-aspect"),
-        ("without jitter", None, "--no-jitter"), ("with RandAugment", None, "--randaug"), ("with erasing", None, "--erase"),
-        ("without cutmix", 83.3, "--no-cutmix"), ("with mixup", None, "--mixup"),
-        ("with mixup, without cutmix", None, "--mixup --no-cutmix"), ("with flips", None, "--flip"))),
+    "table7": ("number of perturbations L", 3, SHORT, BRIEF, sweep("L", 64, {16: 78.7, 64: 82.3, 512: 82.4, 1000: 84.2})),
+    "table9": ("augmentation of pre-training (the paper: mixup and cutmix turned in all of DeiT's)", 1, "--steps 1500",
+               BRIEF, alike(
+                   ("crops and jitter", 80.4, "--no-cutmix"), ("without crops", None, "--no-cutmix --no-crop"),
+                   ("without changes of aspect", None, "--no-cutmix --no-aspect"),
+                   ("without jitter", None, "--no-cutmix --no-jitter"),
+                   ("RandAugment in place of jitter", None, "--no-cutmix --randaug"),
+                   ("with erasing", None, "--no-cutmix --erase"), ("with flips", None, "--no-cutmix --flip"),
+                   ("with cutmix", 83.6, ""), ("with mixup", 83.3, "--no-cutmix --mixup"),
+                   ("with both", 84.2, "--mixup"))),
     "table11": ("one photograph (the paper: mean of five) under affine warps", 1, SHORT, BRIEF, alike(
         ("RGB", 81.6, "--source image"), ("edges", 82.2, "--source image --edges canny"))),
     "table12": ("the edges of one photograph (the paper: mean of five) under warps", 1,
@@ -245,25 +255,42 @@ def found(table, row, records):
 
 
 def show(table, records):
-    """A table in Markdown: means, standard deviations over seeds, and what pre-training learned of its own task."""
+    """A table in Markdown."""
     title, seeds, before, after, rows = TABLES[table]
-    lines, grid = [], {}
-    for row in rows:
+    grid = all(" / " in row[0] for row in rows)
+    lines = (as_grid if grid else as_rows)(table, records)
+    title += f", {seeds} seed{'s' * (seeds > 1)}" * grid
+    shown = [k for k in range(len(lines[0])) if k == 0 or any(line[k] for line in lines[1:])]       # no empty columns
+    print(f"\n**{table}: {title}.** Pre-training: `{before or 'nano'}`. Fine-tuning: `{after or 'nano'}`.\n")
+    lines.insert(1, ["---"] * len(lines[0]))
+    print(*(f"| {' | '.join(line[k] for k in shown)} |" for line in lines), sep="\n")
+
+
+def as_rows(table, records):
+    """A header, and a line for each row: mean and standard deviation over seeds, and what pre-training learned of its
+    own task."""
+    lines = [["", "fine-tuning", "paper", "top-1", "seeds", "own task"]]
+    for row in TABLES[table][-1]:
         (label, paper, _, tune), pairs = row, found(table, row, records)
         own = [start["log"][-1]["top1"] for _, start in pairs if start]
-        top1, count = spread([last(tested) for tested, _ in pairs]), f"{len(pairs)} of {seeds}"
-        flags = f"`{tune}`" if tune else ""
-        lines.append([label, flags, str(paper or ""), top1, count, f"{statistics.mean(own):.0f}%" if own else ""])
+        lines.append([label, f"`{tune}`" * bool(tune), str(paper or ""), spread([last(tested) for tested, _ in pairs]),
+                      f"{len(pairs)} of {TABLES[table][1]}", f"{statistics.mean(own):.0f}%" if own else ""])
+    return lines
+
+
+def as_grid(table, records):
+    """The same of rows "A / B": a line for each A, a column for each B."""
+    cells, seeds = {}, TABLES[table][1]
+    for row in TABLES[table][-1]:
+        (label, _, _, tune), pairs = row, found(table, row, records)
         down, _, across = label.partition(" / ")
-        grid.setdefault((down, flags), {})[across] = top1 if len(pairs) in (0, seeds) else f"{top1}, {count}"
-    header = ["", "fine-tuning", "paper", "top-1", "seeds", "own task"]
-    if all(" / " in row[0] for row in rows):
-        header = ["", "fine-tuning", *dict.fromkeys(across for cells in grid.values() for across in cells)]
-        lines = [[*key, *(cells.get(across, "") for across in header[2:])] for key, cells in grid.items()]
-        title += f", {seeds} seed{'s' * (seeds > 1)}"
-    shown = [k for k in range(len(header)) if k == 0 or any(line[k] for line in lines)]       # no empty columns
-    print(f"\n**{table}: {title}.** Pre-training: `{before or 'nano'}`. Fine-tuning: `{after or 'nano'}`.\n")
-    print(*(f"| {' | '.join(line[k] for k in shown)} |" for line in (header, ["---"] * len(header), *lines)), sep="\n")
+        top1 = spread([last(tested) for tested, _ in pairs])
+        if 0 < len(pairs) < seeds:
+            top1 += f", {len(pairs)} of {seeds}"
+        cells.setdefault((down, f"`{tune}`" * bool(tune)), {})[across] = top1
+    columns = dict.fromkeys(across for line in cells.values() for across in line)
+    return [["", "fine-tuning", *columns],
+            *([*key, *(line.get(across, "") for across in columns)] for key, line in cells.items())]
 
 
 def last(record):
