@@ -115,7 +115,8 @@ TABLES = {
                         ("homography", None), ("elastic", 37.0), ("polynomial", 81.3))))),
     "table13": ("random patch augmentation", 1, SHORT, BRIEF, alike(
         ("OFDB", 84.0, "--categories 64 --texture random"), ("1p-frac", 84.2, "--texture random"),
-        ("OFDB w/ Aug.", 85.3, "--categories 64 --texture fresh"), ("1p-frac w/ Aug.", 84.7, "--texture fresh"))),
+        ("OFDB w/ Aug.", 85.3, "--categories 64 --texture fresh"), ("1p-frac w/ Aug.", 84.7, "--texture fresh"),
+        ("masks alone, Delta 0", None, "--texture random --delta 0"))),
 }
 
 
