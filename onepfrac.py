@@ -287,11 +287,11 @@ def stamp(images, generator=None):
 # apart by eye. Those of our default fractal can, at Delta = 0.1: see results/fig2b.png.
 #
 # And the texture (`stamp` of section 2)? The authors' code gives each image random masks, once
-# (`--texture random`, as in recipe paper). As they never change, they give a class away without
+# (`--texture random`, as in recipe paper). As they never change, they can give a class away without
 # its shape: with Delta = 0, masks alone, nano learns its task to 10% in 1,500 steps (guessing:
-# 1.6%), and CIFAR-100 not better than from scratch. `--texture fresh` draws new ones at each step,
-# the "w/ Aug." of the paper's Table 13. Without masks, `--texture fill` (nano) draws a dot as a
-# whole square of 3x3 pixels, `--texture point` as one pixel.
+# 1.6%), and CIFAR-100 no better than from scratch. (At 224 pixels nobody has measured it.)
+# `--texture fresh` draws new ones at each step, the "w/ Aug." of the paper's Table 13. Without
+# masks, `--texture fill` (nano) draws a dot as a square of 3x3 pixels, `--texture point` as one.
 #
 # FractalDB and OFDB, older datasets of fractals, are the same program at other settings: they have
 # many fractals ("categories"), and the label is the category. FractalDB has 1,000 images of each,
