@@ -309,21 +309,51 @@ def show_search(records):
                       f"{end.get('test_top1', end.get('top1')):.1f} | {record['commit']} |")
 
 
-def draw(path, panels):
-    """A row of panels (title, x label, lines), lines: {label: [(x, [top-1 of each seed])]}."""
+def figure_of(panels, width=4, height=3.6):
+    """An empty figure with panels side by side, for accuracies on CIFAR-100 -> figure, axes."""
     import matplotlib
     matplotlib.use("agg")
     from matplotlib import pyplot as plt
-    figure, axes = plt.subplots(1, len(panels), figsize=(1.5 + 4 * len(panels), 3.6), layout="constrained",
+    figure, axes = plt.subplots(1, panels, figsize=(1.5 + width * panels, height), layout="constrained",
                                 squeeze=False)
-    for axis, (title, x_label, lines) in zip(axes[0], panels):
+    axes[0, 0].set_ylabel("top-1 on CIFAR-100 (%)")
+    for axis in axes[0]:
+        axis.grid(alpha=0.3)
+    return figure, axes[0]
+
+
+def draw(path, panels):
+    """A row of panels (title, x label, lines), lines: {label: [(x, [top-1 of each seed])]}."""
+    figure, axes = figure_of(len(panels))
+    for axis, (title, x_label, lines) in zip(axes, panels):
         for k, (label, points) in enumerate(lines.items()):
             axis.plot([x for x, _ in points], [statistics.mean(y) for _, y in points], f"C{k}o-", ms=4, label=label)
             axis.plot([x for x, ys in points for _ in ys], [y for _, ys in points for y in ys], f"C{k}.", ms=3)
         axis.set(title=title, xlabel=x_label)
-        axis.grid(alpha=0.3)
         axis.legend(fontsize=8)
-    axes[0, 0].set_ylabel("top-1 on CIFAR-100 (%)")
+    figure.savefig(path, dpi=130)
+
+
+def draw_learned(path, records):
+    """What pre-training learned of its own task, and what that is worth: a dot for each row of the paper's tables."""
+    figure, [axis] = figure_of(1, 7.5, 5)
+    dots = {}                   # a row may be in two tables
+    for table in TABLES:
+        for row in TABLES[table][-1] if TABLES[table][3] == BRIEF else ():
+            pairs = found(table, row, records)
+            top1 = statistics.mean(last(tested) for tested, _ in pairs) if pairs else None
+            if pairs and not pairs[0][1]:
+                axis.axhline(top1, color="grey", ls="--")
+                axis.annotate("from scratch", (70, top1), va="bottom", color="grey", fontsize=8)
+            elif pairs:
+                dots[statistics.mean(start["log"][-1]["top1"] for _, start in pairs), top1] = f"{table.removeprefix('table')}: {row[0]}"
+    axis.plot(*zip(*dots), "o", ms=5, alpha=0.6)
+    for (own, top1), label in dots.items():
+        if top1 < 29:
+            right = own > 80
+            axis.annotate(label, (own, top1), (-5 if right else 5, -2), ha="right" if right else "left", fontsize=8,
+                          textcoords="offset points")
+    axis.set(xlabel="own task (%)", xlim=(0, 104))
     figure.savefig(path, dpi=130)
 
 
@@ -352,6 +382,7 @@ def draw_figures(records):
     draw(HERE / "transfer.png", [
         ("250 images a class, 8 epochs (a dot: a seed)", "thousands of images seen", curves("transfer", records)),
         ("all 50,000 images (a dot: a training)", "epochs of fine-tuning", ends("length", records))])
+    draw_learned(HERE / "learned.png", records)
 
 
 def main():
