@@ -289,7 +289,7 @@ def stamp(images, generator=None):
 # And the texture (`stamp` of section 2)? The authors' code gives each image random masks, once
 # (`--texture random`, as in recipe paper). As they never change, they can give a class away without
 # its shape: with Delta = 0, masks alone, nano learns its task to 10% in 1,500 steps (guessing:
-# 1.6%), and CIFAR-100 no better than from scratch. (At 224 pixels nobody has measured it.)
+# 1.6%), and CIFAR-100 no better than from scratch. (We have not measured it at 224 pixels.)
 # `--texture fresh` draws new ones at each step, the "w/ Aug." of the paper's Table 13. Without
 # masks, `--texture fill` (nano) draws a dot as a square of 3x3 pixels, `--texture point` as one.
 #

@@ -38,7 +38,7 @@ SGD, ADAMW = "--optimizer sgd --lr 0.2 --weight-decay 1e-4", "--optimizer adamw 
 OWN = "--batch-size 128 --lr 3e-3"             # the fractal's own best on held-out training images
 LONG = f"--epochs 60 --eval-epochs 10 {OWN} --min-crop 0.5 --randaug"
 C250 = "--train-per-class 250"                 # images of CIFAR-100
-SHORT, BRIEF = "--steps 1500 --no-cutmix", f"{C250} --epochs 3"      # the paper's tables: four minutes a row
+SHORT, BRIEF = "--steps 1500 --no-cutmix", f"{C250} --epochs 3"      # the paper's tables: five minutes a row
 MANY = "--categories 64 --instances 64"
 
 
@@ -82,23 +82,26 @@ TABLES = {
     "fig3": ("a linear classifier on the first K blocks, frozen; 250 images a class, 8 epochs", 1, "", C250, [
         row for k in (1, 2, 3, 4, 6) for row in both(f"K = {k} / ", f"--probe {k}")]),
     "table2": ("FractalDB, OFDB and 1p-frac", 3, SHORT, BRIEF, alike(
-        ("scratch", 64.2, None), ("FractalDB", 81.6, MANY), ("OFDB", 84.0, "--categories 64"), ("1p-frac", 84.2, ""))),
+        ("scratch", 64.2, None), ("FractalDB, 64 x 64 images", 81.6, MANY),
+        ("OFDB, 64 images", 84.0, "--categories 64"), ("1p-frac", 84.2, ""))),
     "fractals": ("other fractals", 1, SHORT, BRIEF, alike(
         ("--fractal-seed 32, the default", None, ""),
         *((f"--fractal-seed {seed}", None, f"--fractal-seed {seed}") for seed in (0, 1, 2)))),
     "table3": ("contours", 1, SHORT, BRIEF, alike(
-        ("RCDB", 81.6, f"--source rcdb {MANY}"), ("RCDB, one a category", 80.4, "--source rcdb --categories 64"),
-        ("RCDB, one image", 82.5, "--source rcdb"), ("Visual Atoms", 84.9, f"--source va {MANY}"),
-        ("Visual Atoms, one a category", 82.1, "--source va --categories 64"),
+        ("RCDB, 64 x 64 images", 81.6, f"--source rcdb {MANY}"),
+        ("RCDB, 64 images", 80.4, "--source rcdb --categories 64"), ("RCDB, one image", 82.5, "--source rcdb"),
+        ("Visual Atoms, 64 x 64 images", 84.9, f"--source va {MANY}"),
+        ("Visual Atoms, 64 images", 82.1, "--source va --categories 64"),
         ("Visual Atoms, one image", 82.6, "--source va"))),
-    "table4": ("one image of noise, in random 3x3 masks", 1, f"{SHORT} --texture random", BRIEF, alike(
+    "table4": ("noise, its dots drawn as fixed random 3x3 masks", 1, f"{SHORT} --texture random", BRIEF, alike(
         ("Gaussian", 1.1, "--source gaussian"), ("uniform", 2.0, "--source uniform"), ("1p-frac", 84.2, ""))),
     "table5": ("perturbation degree Delta", 3, SHORT, BRIEF, sweep("delta", 0.1, {
         0.001: 1.2, 0.01: 19.9, 0.05: 83.0, 0.1: 84.2, 0.2: 83.4, 1.0: 82.6})),
     "table6": ("sigma-factor", 1, SHORT, BRIEF, sweep("sigma", 3.5, {
         3.5: 84.2, 4.0: 82.8, 4.5: 81.9, 5.0: 82.2, 6.0: 81.3})),
-    "table7": ("number of perturbations L", 3, SHORT, BRIEF, sweep("L", 64, {16: 78.7, 64: 82.3, 512: 82.4, 1000: 84.2})),
-    "table9": ("augmentation of pre-training (the paper: mixup and cutmix turned in all of DeiT's)", 1, "--steps 1500",
+    "table7": ("number of perturbations L", 3, SHORT, BRIEF, sweep("L", 64, {
+        16: 78.7, 64: 82.3, 512: 82.4, 1000: 84.2})),
+    "table9": ("augmentation of pre-training (the paper's rows: with all else of DeiT's)", 1, "--steps 1500",
                BRIEF, alike(
                    ("crops and jitter", 80.4, "--no-cutmix"), ("without crops", None, "--no-cutmix --no-crop"),
                    ("without changes of aspect", None, "--no-cutmix --no-aspect"),
@@ -113,10 +116,10 @@ TABLES = {
                 f"{SHORT} --source image --edges canny", BRIEF, alike(
                     ("affine", 81.9, ""), *((warp, top1, f"--warp {warp}") for warp, top1 in (
                         ("homography", None), ("elastic", 37.0), ("polynomial", 81.3))))),
-    "table13": ("random patch augmentation", 1, SHORT, BRIEF, alike(
+    "table13": ("random patches: masks, fixed or (w/ Aug.) new at each step", 1, SHORT, BRIEF, alike(
         ("OFDB", 84.0, "--categories 64 --texture random"), ("1p-frac", 84.2, "--texture random"),
         ("OFDB w/ Aug.", 85.3, "--categories 64 --texture fresh"), ("1p-frac w/ Aug.", 84.7, "--texture fresh"),
-        ("masks alone, Delta 0", None, "--texture random --delta 0"))),
+        ("fixed masks alone, Delta 0", None, "--texture random --delta 0"))),
 }
 
 
@@ -280,7 +283,7 @@ def as_rows(table, records):
 
 
 def as_grid(table, records):
-    """The same of rows "A / B": a line for each A, a column for each B."""
+    """Of rows "A / B": a line for each A, a column for each B, top-1 alone."""
     cells, seeds = {}, TABLES[table][1]
     for row in TABLES[table][-1]:
         (label, _, _, tune), pairs = row, found(table, row, records)
@@ -330,28 +333,32 @@ def draw(path, panels):
             axis.plot([x for x, _ in points], [statistics.mean(y) for _, y in points], f"C{k}o-", ms=4, label=label)
             axis.plot([x for x, ys in points for _ in ys], [y for _, ys in points for y in ys], f"C{k}.", ms=3)
         axis.set(title=title, xlabel=x_label)
-        axis.legend(fontsize=8)
+        if lines:
+            axis.legend(fontsize=8)
     figure.savefig(path, dpi=130)
 
 
 def draw_learned(path, records):
     """What pre-training learned of its own task, and what that is worth: a dot for each row of the paper's tables."""
     figure, [axis] = figure_of(1, 7.5, 5)
-    dots = {}                   # a row may be in two tables
-    for table in TABLES:
-        for row in TABLES[table][-1] if TABLES[table][3] == BRIEF else ():
-            pairs = found(table, row, records)
-            top1 = statistics.mean(last(tested) for tested, _ in pairs) if pairs else None
-            if pairs and not pairs[0][1]:
-                axis.axhline(top1, color="grey", ls="--")
-                axis.annotate("from scratch", (70, top1), va="bottom", color="grey", fontsize=8)
-            elif pairs:
-                dots[statistics.mean(start["log"][-1]["top1"] for _, start in pairs), top1] = f"{table.removeprefix('table')}: {row[0]}"
-    axis.plot(*zip(*dots), "o", ms=5, alpha=0.6)
-    for (own, top1), label in dots.items():
-        if top1 < 29:
-            right = own > 80
-            axis.annotate(label, (own, top1), (-5 if right else 5, -2), ha="right" if right else "left", fontsize=8,
+    rows = {}                   # of the run's name, as a row may be in several tables: the one with most seeds
+    for table in sorted(TABLES, key=lambda table: TABLES[table][1]):
+        for row in TABLES[table][-1]:
+            if TABLES[table][3] == BRIEF and found(table, row, records):
+                *_, run = commands(table, row, 0)
+                rows[run] = table, row
+    for table, row in rows.values():
+        pairs = found(table, row, records)
+        top1 = statistics.mean(last(tested) for tested, _ in pairs)
+        if row[2] is None:
+            axis.axhline(top1, color="grey", ls="--")
+            axis.annotate("from scratch", (70, top1), va="bottom", color="grey", fontsize=8)
+            continue
+        own = statistics.mean(start["log"][-1]["top1"] for _, start in pairs)
+        axis.plot(own, top1, "C0o", ms=5, alpha=0.6)
+        if top1 < 29:           # above, the dots are too close for labels
+            shift, side = (-5, "right") if own > 80 else (5, "left")
+            axis.annotate(f"{table.removeprefix('table')}: {row[0]}", (own, top1), (shift, -2), ha=side, fontsize=8,
                           textcoords="offset points")
     axis.set(xlabel="own task (%)", xlim=(0, 104))
     figure.savefig(path, dpi=130)
@@ -398,7 +405,11 @@ def main():
         parser.error(f"no table {', '.join(unknown)}; there are {', '.join(TABLES)}, search")
     records = read_records()
     names = [name for name in args.names or TABLES if name in TABLES]
+    if args.workers < 1:
+        parser.error("--workers: one or more")
     if args.keep:
+        if not args.keep.is_dir():
+            parser.error(f"--keep {args.keep}: is no folder")
         for file in sorted(args.keep.rglob("curve.png")):       # a run draws it when it ends
             name = str(file.parent.relative_to(args.keep))
             if name not in records:

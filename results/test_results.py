@@ -186,6 +186,26 @@ def test_experiments_run_what_is_missing_keep_it_and_show_it(tmp_path, monkeypat
     experiments.settings.cache_clear()
 
 
+def test_the_figure_has_a_dot_for_each_run_whatever_seeds_there_are(tmp_path, monkeypatch):
+    dots = []
+    monkeypatch.setattr("matplotlib.axes.Axes.plot", lambda axis, x, y, *_, **__: dots.append((x, y)))
+    records = experiments.read_records()
+    experiments.draw_learned(tmp_path / "today.png", records)
+    starts = {name.split("/")[1] for name, record in records.items()
+              if name.startswith("train-per-class-250-epochs-3/") and "/scratch/" not in name}
+    assert len(dots) == len(starts) > 30 and (tmp_path / "today.png").exists()
+    today, dots[:] = dots[:], []
+    more = {}
+    for name, record in records.items():                        # one seed more of everything, two points better
+        more[f"{name.rpartition('/')[0]}/1"] = record | dict(
+            settings=record["settings"] | dict(seed=1), log=[{k: v + 2 for k, v in record["log"][-1].items()}])
+    experiments.draw_learned(tmp_path / "more.png", records | more)
+    assert len(dots) == len(today) and dots != today
+    dots.clear()
+    experiments.draw_learned(tmp_path / "none.png", {})
+    assert not dots and (tmp_path / "none.png").exists()
+
+
 def test_every_row_of_every_table_is_a_command_and_a_name_is_one_run():
     runs = {}
     for name, (_, seeds, _, _, rows) in experiments.TABLES.items():
@@ -196,6 +216,9 @@ def test_every_row_of_every_table_is_a_command_and_a_name_is_one_run():
                 if not command.startswith(experiments.INITS):
                     assert op.parse(command.split()).recipe == "nano"
     assert len(runs) > 100 and len(set(runs.values())) == len(runs)
+    usual = op.parse(["pretrain"])                              # a sweep's row of nano's value has no flag
+    for name, flag in (("table5", "delta"), ("table6", "sigma"), ("table7", "L")):
+        assert [float(row[0]) for row in experiments.TABLES[name][-1] if not row[2]] == [getattr(usual, flag)]
     by_label = {row[0]: row for row in experiments.TABLES["table9"][-1]}
     assert by_label["with mixup"][1] == 83.3 and experiments.TABLES["table5"][-1][0][1] == 1.2       # of the paper
 
