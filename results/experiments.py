@@ -358,8 +358,8 @@ def draw_learned(path, records):
         axis.plot(own, top1, "C0o", ms=5, alpha=0.6)
         if top1 < 29:           # above, the dots are too close for labels
             shift, side = (-5, "right") if own > 80 else (5, "left")
-            axis.annotate(f"{table.removeprefix('table')}: {row[0]}", (own, top1), (shift, -2), ha=side, fontsize=8,
-                          textcoords="offset points")
+            label = f"{table.removeprefix('table')}: {row[0].partition(',')[0]}"
+            axis.annotate(label, (own, top1), (shift, -2), ha=side, fontsize=8, textcoords="offset points")
     axis.set(xlabel="own task (%)", xlim=(0, 104))
     figure.savefig(path, dpi=130)
 
