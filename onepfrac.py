@@ -281,14 +281,14 @@ def stamp(images, generator=None):
 #     all augmentation            84.2
 #     without mixup and cutmix    80.4
 #     without random crops        80.1
-#     none: from scratch          64.2
+#     no pre-training             64.2
 #
 # Can you see the difference between classes? The paper says that most of its shapes cannot be told
 # apart by eye. Those of our default fractal can, at Delta = 0.1: see results/fig2b.png.
 #
 # And the texture (`stamp` of section 2)? The authors' code gives each image random masks, once
 # (`--texture random`, as in recipe paper). As they never change, they can give a class away without
-# its shape: with Delta = 0, masks alone, nano learns its task to 10% in 1,500 steps (guessing:
+# its shape: with Delta = 0 nano without cutmix learns its task to 10% in 1,500 steps (guessing:
 # 1.6%), and CIFAR-100 no better than from scratch. (We have not measured it at 224 pixels.)
 # `--texture fresh` draws new ones at each step, the "w/ Aug." of the paper's Table 13. Without
 # masks, `--texture fill` (nano) draws a dot as a square of 3x3 pixels, `--texture point` as one.
