@@ -173,7 +173,7 @@ def read_records():
 
 def words(args):
     """The command line of a run's settings, without what the recipe says."""
-    line = [args["command"]]
+    line = [args["command"]] + ["--recipe", args["recipe"]] * (args["recipe"] != "nano")
     for name, usual in vars(op.parse(line)).items():
         value, flag = args.get(name), name.replace("_", "-")
         if name in BESIDE or value == usual:

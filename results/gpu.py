@@ -20,7 +20,8 @@ profile.txt     where the time of a step of pre-training goes
 logs.zip        outputs, settings, logs and curves of all runs, at most ten seconds old
 fractal.pt final-fractal.pt final-scratch.pt    the last weights that were saved, in half precision
 
-So far all this has run on CPUs only (`DEVICE=cpu`, small numbers), in full and ended at random moments; never on a GPU.
+It ran once on an H100 (results/gpu has what came of it), and on CPUs (`DEVICE=cpu`, small numbers), in full and ended
+at random moments.
 """
 import time
 
@@ -202,7 +203,7 @@ def sources():
                  + f" --image {HERE / 'saw.png'}" * ("source image" in flags)).split()
         here, there = (op.source_data(parse([*words, "--device", d])).images.cpu().flatten(1).float()
                        for d in ("cpu", DEVICE))
-        share = ((here - there).abs() > 1).sum(1) / (here > 0).sum(1)   # of the lit pixels: some dots fall beside
+        share = ((here - there).abs() > 1).sum(1) / (here > 0).sum(1).clamp(min=1)    # of lit pixels
         yield name, share.median() < 0.01, f"{share.median():.1e} of the pixels differ, {share.max():.1e} in the worst"
 
 
