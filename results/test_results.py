@@ -223,6 +223,13 @@ def test_every_row_of_every_table_is_a_command_and_a_name_is_one_run():
     assert by_label["with mixup"][1] == 83.3 and experiments.TABLES["table5"][-1][0][1] == 1.2       # of the paper
 
 
+def test_the_command_of_a_record_repeats_its_settings_whatever_the_recipe():
+    for flags in ("pretrain --recipe small --optimizer muon --no-cutmix", "finetune --recipe paper --epochs 3 --lr 0.1",
+                  "pretrain --delta 0.2", "finetune --optimizer sgd --no-flip"):
+        args = vars(op.parse(flags.split()))
+        assert experiments.settings(experiments.words(args)) == experiments.decisive(args)
+
+
 def test_the_tables_of_the_page_are_those_of_the_records(capsys):
     """Each table that results/README.md shows is what the records give today, line by line."""
     page = (HERE / "README.md").read_text()
