@@ -224,10 +224,18 @@ def test_every_row_of_every_table_is_a_command_and_a_name_is_one_run():
 
 
 def test_the_command_of_a_record_repeats_its_settings_whatever_the_recipe():
-    for flags in ("pretrain --recipe small --optimizer muon --no-cutmix", "finetune --recipe paper --epochs 3 --lr 0.1",
+    for flags in ("pretrain --recipe small --optimizer adamw --no-cutmix", "finetune --recipe paper --epochs 3 --lr 0.1",
                   "pretrain --delta 0.2", "finetune --optimizer sgd --no-flip"):
         args = vars(op.parse(flags.split()))
         assert experiments.settings(experiments.words(args)) == experiments.decisive(args)
+
+
+def test_recipe_small_is_what_ran_on_a_gpu():
+    """Its length apart, and jitter, which has no effect with RandAugment. A change of it needs a new run."""
+    records = experiments.read_records()
+    for name, command in (("fractal", "pretrain"), ("final-fractal", "finetune")):
+        known, today = records[f"gpu/{name}"]["settings"], experiments.settings(f"{command} --recipe small")
+        assert {k for k in today if today[k] != known[k]} <= {"steps", "epochs", "jitter"} and len(today) > 20
 
 
 def test_the_tables_of_the_page_are_those_of_the_records(capsys):
