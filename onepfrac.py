@@ -1802,19 +1802,21 @@ class Muon(torch.optim.AdamW):
         super().step()  # passes over parameters without a gradient
 
     def move(self, matrices, lr, weight_decay, muon_dtype, momentum=0.95, **_):
-        """One step of n matrices of one shape, stacked, since many small products are slow."""
-        updates = []
+        """One step of n matrices of one shape, all at once, since many small operations are slow.
+        (torch._foreach_x_ does x_ to each tensor of a list.)"""
         for p in matrices:
-            state = self.state[p]
-            state.setdefault("step", torch.tensor(0.0))  # AdamW looks for it in what it loads
-            buffer = state.setdefault("momentum_buffer", torch.zeros_like(p))
-            buffer.lerp_(p.grad, 1 - momentum)
-            updates.append(p.grad.lerp(buffer, momentum))  # Nesterov
+            if not self.state[p]:  # "step": AdamW looks for it in what it loads
+                self.state[p] = dict(step=torch.tensor(0.0), momentum_buffer=torch.zeros_like(p))
+        buffers = [self.state[p]["momentum_buffer"] for p in matrices]
+        grads = [p.grad for p in matrices]
+        torch._foreach_lerp_(buffers, grads, 1 - momentum)
+        updates = torch._foreach_lerp(grads, buffers, momentum)  # Nesterov
+        updates = orthogonalise(torch.stack(updates).to(muon_dtype)).to(matrices[0].dtype)
+        size = 0.2 * max(matrices[0].shape) ** 0.5  # the root mean square of an update is 0.2
+        torch._foreach_mul_(matrices, 1 - lr * weight_decay)
+        torch._foreach_sub_(matrices, updates.unbind(), alpha=lr * size)
+        for p in matrices:
             p.grad = None
-        rows, columns = matrices[0].shape
-        size = 0.2 * max(rows, columns) ** 0.5  # the root mean square of an update is 0.2
-        for p, update in zip(matrices, orthogonalise(torch.stack(updates).to(muon_dtype))):
-            p.mul_(1 - lr * weight_decay).sub_(update, alpha=lr * size)
 
 
 def orthogonalise(x, steps=5):
