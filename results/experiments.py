@@ -76,9 +76,14 @@ TABLES = {
                ("edges of a photograph", None, "--source image --edges canny")),
         ("from scratch", None, None, "")]),
     "few": ("25 images a class, 8 epochs", 3, "", "--train-per-class 25", both("", "")),
-    "length": ("all 50,000 images", 1, "", "", [
+    "length": ("all 50,000 images", 3, "", "", [
         row for epochs, flags in ((8, OWN), (20, f"--epochs 20 {OWN}"), (60, LONG))
         for row in both(f"{epochs} epochs / ", flags)]),
+    "longer": ("pre-training four times as long", 1, "", "", [
+        row for label, flags in (("250 images a class, 8 epochs / ", C250), ("all images, 8 epochs / ", OWN))
+        for row in ((f"{label}from 4,700 steps", None, "", flags),
+                    (f"{label}from 18,800 steps", None, "--steps 18800", flags),
+                    (f"{label}from scratch", None, None, flags))]),
     "fig3": ("a linear classifier on the first K blocks, frozen; 250 images a class, 8 epochs", 1, "", C250, [
         row for k in (1, 2, 3, 4, 6) for row in both(f"K = {k} / ", f"--probe {k}")]),
     "table2": ("FractalDB, OFDB and 1p-frac", 3, SHORT, BRIEF, alike(
