@@ -75,7 +75,7 @@ from torchvision.transforms.v2 import functional as T
 # probability to be chosen: {w_1 .. w_N; p_1 .. p_N}. A map is w_j(v) = A_j v + t_j, stored as two
 # rows [a b e; c d f], where A = [a b; c d] and t = (e, f). So N maps have shape (N, 2, 3).
 # If the maps contract, exactly one shape is the union of its own copies under the maps. This shape
-# is the attractor, a fractal: it consists of small distorted copies of itself. For example, the
+# is the attractor, a fractal: it consists of distorted copies of itself. For example, the
 # Sierpinski triangle consists of three copies of itself, each half as large, in three corners:
 #
 #     corners = torch.tensor([[0, 0], [0.5, 0], [0.25, 0.5]])                         # t_1 .. t_3
@@ -129,17 +129,17 @@ def sample_ifs(num_maps, sigma, generator=None):
 #
 # Why it works. The maps take points of the attractor to points of the attractor, and they contract,
 # so a point outside comes closer with each step. But (0, 0) is usually outside, and then so are the
-# places that follow. Fractals that fill a canvas have a map that hardly contracts, so it takes
-# hundreds of steps until nothing is seen of the start. (The default fractal has two maps, of sigma
-# 3.5 and --fractal-seed 32. One of them multiplies lengths by 0.95 to 0.99.) Therefore the first
-# 500 steps are not drawn. The authors draw them too.
+# places that follow. At sigma 3.5, of two maps whose fractal fills a canvas one hardly contracts,
+# so it takes hundreds of steps until nothing is seen of the start. (In the default fractal, that of
+# --fractal-seed 32, it multiplies lengths by 0.95 to 0.99.) Therefore the first 500 steps are not
+# drawn. The authors' code draws them.
 #
 # For speed, K orbits (paths of a moving point) of each of B systems run side by side, and each
-# leaves up to 500 dots. In each step each orbit picks a map for itself, but the first orbit picks
-# the same ones in all B systems, and so does each other orbit. Else each image would have its own
-# pattern of dots, and a network could know an image by that alone.
+# leaves up to 500 dots. Each orbit picks maps for itself, but orbit k uses the same random numbers
+# in all B systems. Else each image would have its own pattern of dots, and a network could know an
+# image by that alone.
 
-BURN_IN, ORBIT = 500, 500  # steps of an orbit that are not drawn, and that are, at most
+BURN_IN, ORBIT = 500, 500  # steps of an orbit: not drawn, and then drawn, at most
 GREY = 127  # of the dots
 
 
@@ -178,7 +178,7 @@ def rasterize(dots, size, low, high, clip=True):
 
     The box from low to high (2, B) is stretched to fill the canvas but for a margin of 6 pixels in
     512. So an image does not tell where a shape lies and how large it is. clip: leave out dots that
-    lie outside or are not finite; without it, there must be none. The dots are overwritten.
+    lie outside or are not finite; without it, there must be no such dots. `dots` is overwritten.
     """
     margin = max(1, 6 * size // 512)
     last = size - 1 - 2 * margin
@@ -190,7 +190,7 @@ def rasterize(dots, size, low, high, clip=True):
         inside = (x >= 0) & (x <= last) & (y >= 0) & (y <= last)
         cell = torch.where(inside, cell, size ** 2)  # one more cell, which is cut off
     hits = torch.zeros(len(cell), size ** 2 + 1, dtype=torch.uint8, device=dots.device)
-    grey = hits.new_full((1, 1), GREY).expand(cell.shape)  # a number takes twice as long on a CPU
+    grey = hits.new_full((1, 1), GREY).expand(cell.shape)  # a plain number: half as fast on CPUs
     hits.scatter_(1, cell, grey)
     return hits[:, :-1].view(-1, size, size)
 
@@ -209,9 +209,9 @@ def render_ifs(maps, size=512, points=100_000, dilated=True, generator=None, pro
     points: dots of an image, rounded up to whole steps of all orbits. dilated: a dot is a 3x3
     square (`stamp` gives it a texture), else a pixel. generator (CPU): of the maps that orbits
     pick, in all images alike. probs (N,) or (B, N): of the maps, by default in proportion to the
-    mean |det A| (so a map with det A = 0 needs them). To draw in parts, give each the same probs
-    and a generator of the same seed. A system without an attractor runs away and gives a nearly
-    blank image. ValueError if an argument does not fit.
+    mean |det A| (a map with det A = 0 is then never picked). To draw in parts, give each the same
+    probs and a generator of the same seed. A system without an attractor runs away and gives a
+    nearly blank image. ValueError if an argument does not fit.
     """
     if maps.ndim != 4 or maps.shape[2:] != (2, 3) or not len(maps) or not maps.isfinite().all():
         raise ValueError("need finite maps (B, N, 2, 3)")
@@ -255,8 +255,9 @@ def stamp(images, generator=None):
 # One image is one class, and with one class there is nothing to learn (Eq. 6). So the paper adds
 # noise: to each of the 6 N numbers of the maps a small random one. All of them together, one point
 # of a cube of side Delta around 0 in 6 N dimensions, are called eps (Eq. 9). Each eps is a class:
-# the image of maps + eps. (The authors' code does not add. It multiplies each number by one from
-# 1 - Delta to 1 + Delta, `--noise multiplicative`. The default is the paper's, and its Delta, 0.1.)
+# the image of maps + eps. If this is nearly blank, another eps is drawn. (The authors' code does
+# not add. It multiplies each number by one from 1 - Delta to 1 + Delta, `--noise multiplicative`.
+# The default is the paper's, and its Delta, 0.1.)
 #
 # Is there a picture for each eps? Nearly half of the perturbations of the default fractal have a
 # map that stretches in one direction (a singular value above 1). They still have an attractor: a
@@ -273,8 +274,8 @@ def stamp(images, generator=None):
 # eps in this list, 0 to L - 1; the numbers of eps are never predicted. The loss, LPCE or "locally
 # perturbed cross entropy" (Eq. 8), is then plain cross entropy.
 #
-# Where does variety within a class come from? As each class has one image, it can only come from
-# augmentation (section 5; or from a fresh texture, below). The recipe nano has crops, jitter and
+# Where does variety within a class come from? As each class has one image, it comes from
+# augmentation (section 5), or from a fresh texture (below). The recipe nano has crops, jitter and
 # cutmix in pre-training, and nothing else. In the paper no single kind makes all of the gain:
 #
 #     pre-training                top-1 on CIFAR-100 (Tables 2 and 9)
@@ -288,10 +289,11 @@ def stamp(images, generator=None):
 #
 # And the texture (`stamp` of section 2)? The authors' code gives each image random masks, once
 # (`--texture random`, as in recipe paper). As they never change, they can give a class away without
-# its shape: with Delta = 0 nano without cutmix learns its task to 10% in 1,500 steps (guessing:
-# 1.6%), and CIFAR-100 no better than from scratch. (We have not measured it at 224 pixels.)
-# `--texture fresh` draws new ones at each step, the "w/ Aug." of the paper's Table 13. Without
-# masks, `--texture fill` (nano) draws a dot as a square of 3x3 pixels, `--texture point` as one.
+# its shape: at Delta = 0 nano with such masks, without cutmix, learns its task to 10% in 1,500
+# steps (guessing: 1.6%), and CIFAR-100 no better than from scratch. (We have not measured it at 224
+# pixels.) `--texture fresh` draws new ones at each step, our reading of "w/ Aug." in the paper's
+# Table 13. Without masks, `--texture fill` (nano) draws a dot as a square of 3x3 pixels, `--texture
+# point` as one.
 #
 # FractalDB and OFDB, older datasets of fractals, are the same program at other settings: they have
 # many fractals ("categories"), and the label is the category. FractalDB has 1,000 images of each,
@@ -313,7 +315,8 @@ def perturb(base, delta, L, generator=None, noise="additive"):
 
 def lpce_loss(logits, target):
     """Locally perturbed cross entropy, Eq. 8: -E log p(index of eps | image). logits (B, L); target
-    (B,), these indices, or (B, L), soft labels after mixup and cutmix."""
+    (B,), these indices, or (B, L), soft labels after mixup and cutmix. (Fine-tuning has the same
+    loss, where an index is a class of the dataset.)"""
     return F.cross_entropy(logits, target)
 
 
@@ -333,7 +336,7 @@ class Data:
         if len(labels) * first.numel() <= memory_for_images(args.device):  # section D
             images = first.new_empty(len(labels), *first.shape[1:])
             for i in torch.arange(len(labels)).split(100):
-                images[i[0]:i[-1] + 1] = self.drawn(i)
+                images[i] = self.drawn(i)
             self.images = images
 
     def drawn(self, i):
@@ -423,7 +426,7 @@ def fractal_data(args):
 #
 # The image is cut into patches. Each patch becomes a vector, a token, and a position embedding is
 # added to it. One more token, cls, stands for the whole image: the classifier reads it at the end.
-# Between them are blocks. Each does two things, and adds what comes out to the tokens. Attention:
+# The tokens pass through blocks. Each does two things, and adds the results to them. Attention:
 # each token compares its query with the keys of all tokens, and takes the mean of their values,
 # weighted by how well they match. MLP: a small network works on each token alone.
 
@@ -539,7 +542,7 @@ def resize_matrix(start, length, pixels, size):
     pixel = torch.arange(pixels, device=start.device)[:, None] + 0.5 - start
     share = pixel / length  # of the way through the box
     pixel = torch.where((share > 0) & (share < 1), pixel, math.inf)  # not in the box: far away
-    d = (pixel - output).abs_().div_(scale.abs().clamp(min=1))  # in the larger of both pixels
+    d = (pixel - output).abs_().div_(scale.abs().clamp(min=1))  # in output pixels if larger
     # Twice the kernel is 3 d^3 - 5 d^2 + 2 up to 1, then (1 - d) (2 - d)^2 up to 2, then 0. Both
     # pieces are 0 where they end, so it is their sum, each with d held in its range. In place, as
     # new memory takes longer than the arithmetic on a CPU.
@@ -642,7 +645,7 @@ class Augment:
         both are on, a coin chooses one for the batch."""
         S = x.shape[-1]
         cut = self.cutmix and (not self.mixup or bool(torch.rand(()) < 0.5))
-        alpha = torch.tensor(float(self.cutmix if cut else self.mixup))
+        alpha = self.cutmix if cut else self.mixup
         lam = torch.distributions.Beta(alpha, alpha).sample().item()
         if cut:
             half, centre = int(math.sqrt(1 - lam) * S) // 2, torch.randint(S, (2,)).tolist()
@@ -669,7 +672,7 @@ def seed_for(*key):
 
 
 def seeded(*key):
-    """A generator on the CPU, seeded by a number as it is, or by any longer key."""
+    """A generator on the CPU. One number is its seed; a longer key goes through `seed_for`."""
     return torch.Generator().manual_seed(key[0] if len(key) == 1 else seed_for(*key))
 
 
@@ -756,7 +759,7 @@ def train(args, model, data, augment, steps, tests=None):
             if step == 0:
                 run.save_samples(x, augment)
             run.count(loss, logits, target)  # and run.step += 1
-            if run.due(args.log_every) or run.due(args.save_every):  # a save keeps no sums
+            if run.due(args.log_every) or run.due(args.save_every):  # a line before a save
                 run.log_training(rate)
             if tests and run.due(test_every):
                 run.log_test(evaluate(model, tests, augment, args))
