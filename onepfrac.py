@@ -1127,12 +1127,12 @@ def canny(image, low=100, high=200):
     # The two neighbours along the gradient, which is horizontal, falling, vertical or rising.
     sector = (torch.atan2(gy, gx) / (math.pi / 4)).round().long() % 4
     around = F.pad(strength, (1, 1, 1, 1)).unfold(0, 3, 1).unfold(1, 3, 1).flatten(2)  # (S, S, 9)
-    before = around.gather(2, torch.tensor([3, 0, 1, 2])[sector][..., None])[..., 0]
-    after = around.gather(2, torch.tensor([5, 8, 7, 6])[sector][..., None])[..., 0]
+    both = torch.tensor([[3, 5], [0, 8], [1, 7], [2, 6]])[sector]  # (S, S, 2)
+    before, after = around.gather(2, both).unbind(2)
     thin = (strength > before) & (strength > after - (sector % 2 == 0).float() / 2)
     weak = thin & (strength > low)
-    edge, grown = None, weak & (strength > high)
-    while edge is None or (edge != grown).any():
+    edge, grown = torch.zeros_like(weak), weak & (strength > high)
+    while (edge != grown).any():
         edge, grown = grown, dilate(grown[None].to(torch.uint8))[0].bool() & weak
     return 255 * edge.to(torch.uint8)
 
@@ -1196,8 +1196,7 @@ SOURCES = {  # name: function, flags that have an effect on it
 
 def source_data(args):
     """The images of --source -> Data."""
-    function, _ = SOURCES[args.source]
-    return function(args)
+    return SOURCES[args.source][0](args)
 
 
 # ==== C · Downstream datasets: torchvision's by name, or a folder (for `finetune`) ================
@@ -1293,11 +1292,9 @@ def open_datasets(args):
 
 
 def labels_of(dataset):
-    """All labels (n,) of a torchvision dataset, if possible without reading its images."""
-    for name in ("targets", "labels", "_labels"):
-        if hasattr(dataset, name):
-            return torch.as_tensor(getattr(dataset, name)).long()
-    return torch.tensor([int(label) for _, label in dataset])
+    """All labels (n,) of a torchvision dataset, without reading its images."""
+    name = next(name for name in ("targets", "labels", "_labels") if hasattr(dataset, name))
+    return torch.as_tensor(getattr(dataset, name)).long()
 
 
 def read(dataset, k):
@@ -1342,7 +1339,7 @@ def folder_data(dataset, chosen, args):
 
     If they are small squares of one size (sixteen are looked at) they stay as they are. Else they
     are resized and cropped to 8/7 of img_size (256 for 224). Threads read them. The fingerprint is
-    of labels and pixels; of labels, names and sizes of files where the pixels are above 6 GiB.
+    of all labels and pixels, above 6 GiB of the pixels of sixteen.
     """
     chosen = torch.arange(len(dataset)) if chosen is None else chosen
     pool, keys = ThreadPoolExecutor(), torch.zeros(len(chosen), dtype=torch.long)
@@ -1355,17 +1352,15 @@ def folder_data(dataset, chosen, args):
     def draw(i):
         return torch.stack(list(pool.map(read_square, i.tolist()))).to(args.device)
 
-    sizes = {read(dataset, k).size for k in chosen[::-(-len(chosen) // 16)].tolist()}
+    sixteen = range(0, len(chosen), -(-len(chosen) // 16))
+    sides = {n for k in sixteen for n in read(dataset, int(chosen[k])).size}
     side = args.img_size * 8 // 7
-    if len(sizes) == 1 and len(set(*sizes)) == 1:
-        side = min(side, *sizes.pop())
+    if len(sides) == 1:
+        side = min(side, *sides)
     data = Data(labels_of(dataset)[chosen], draw, args)
-    large = len(chosen) * 3 * side ** 2 > MOST_MEMORY
-    if data.images is None and not large:  # now memory cannot keep them; when resumed it may
-        list(pool.map(read_square, range(len(chosen))))
-    elif large and isinstance(dataset, Folder):
-        files = [Path(dataset.samples[k][0]) for k in chosen.tolist()]
-        keys = torch.tensor([seed_for(file.name, file.stat().st_size) for file in files])
+    if data.images is None:  # memory cannot keep them now; if they are few, it may when resumed
+        few = len(chosen) * 3 * side ** 2 <= MOST_MEMORY
+        list(pool.map(read_square, range(len(chosen)) if few else sixteen))
     pairs = (data.labels.cpu() * 2 ** 32 + keys).sort().values  # in whatever order they came
     data.fingerprint = zlib.crc32(pairs.numpy().tobytes())
     return data
@@ -1382,9 +1377,8 @@ def downstream_data(args):
     some = args.train_per_class or args.holdout
     order = order_by_pixels(train) if some else torch.arange(len(labels))
     chosen, held = balanced_subset(labels, order, args.train_per_class, args.holdout)
-    if args.holdout and not (len(held) and len(chosen)):
-        raise InputError(f"--holdout {args.holdout}: leaves {len(chosen)} images to train on and "
-                         f"{len(held)} to test on")
+    if args.holdout and not len(held):
+        raise InputError(f"--holdout {args.holdout}: leaves no images to test on")
     if args.batch_size > len(chosen):
         raise InputError(f"--batch-size {args.batch_size}: there are only {len(chosen)} images to "
                          "train on; give a smaller one")
@@ -1577,13 +1571,10 @@ def open_run(args):
     """The folder of a run, for this process and its ranks alone. A new run writes its settings to
     args.json: they are all that `resume` needs besides last.pt. No run is overwritten."""
     out = Path(args.out)
-    if not args.lead:
-        yield
-        return
-    with claimed(out):
-        if not args.resume and any((out / name).exists() for name in ("last.pt", "curve.png")):
-            raise InputError(f"--out {out}: holds a run; give another --out, or `resume {out}`")
-        if not args.resume:
+    with claimed(out) if args.lead else contextlib.nullcontext():
+        if args.lead and not args.resume:
+            if any((out / name).exists() for name in ("last.pt", "curve.png")):
+                raise InputError(f"--out {out}: holds a run; give another --out, or `resume {out}`")
             gpu = torch.cuda.get_device_name() if args.device.startswith("cuda") else None
             settings = {k: v for k, v in vars(args).items() if k not in ("resume", "rank", "lead")}
             write_json(out / "args.json", settings | dict(
@@ -1671,8 +1662,8 @@ class Run:
             self.model.load_state_dict(saved["model"])
             state, optimizer = saved["optimizer"]["state"], self.optimizer
             optimizer.load_state_dict(optimizer.state_dict() | dict(state=state))
-            for p in (p for group in optimizer.param_groups for p in group["params"]):
-                for moment in optimizer.state[p].values():
+            for p, moments in optimizer.state.items():
+                for moment in moments.values():
                     if moment.shape not in (p.shape, ()) or not moment.isfinite().all():
                         raise ValueError("the optimizer state is of other weights")
 
@@ -1692,9 +1683,9 @@ class Run:
     def __exit__(self, kind, *_):
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
-        if self.live:
+        if self.live and self.args.lead:
             say("")
-        if kind is InputError:  # an image cannot be read
+        if kind is InputError and self.model.training:  # an image to train on cannot be read
             self.save()
         if self.args.lead and kind is None:
             self.save_curve()
@@ -1772,7 +1763,7 @@ class Run:
 
     def save_curve(self):
         """curve.png: the loss, and test accuracy if any, over the images seen."""
-        names = [n for n in ("loss", "test_top1") if any(n in r for r in self.log)] or ["loss"]
+        names = ["loss"] + ["test_top1"] * any("test_top1" in r for r in self.log)
         figure = Figure(figsize=(6, 3 * len(names)), layout="constrained")
         for axis, name in zip(figure.subplots(len(names), squeeze=False)[:, 0], names):
             records = [r for r in self.log if name in r]
@@ -1878,20 +1869,19 @@ def render(args):
 # the command line comes last.
 
 FINETUNE = dict(batch_size=768, optimizer="sgd", lr=0.015, weight_decay=1e-4, warmup=0.01)
-OFF = dict(randaug=False, erase=False, mixup=False, cutmix=False)
 RECIPES = {
     "nano": (  # two CPU cores, minutes
         dict(L=64, canvas=128, points=20_000, texture="fill", model="vit_nano", img_size=32,
              patch_size=8, drop_path=0.0, optimizer="muon", lr=2e-3, weight_decay=0.05,
-             clip_grad=1.0, **OFF),
-        dict(steps=4700, batch_size=128, warmup=0.02, min_crop=0.1, flip=False, smoothing=0.0,
-             cutmix=True),
-        dict(epochs=8, batch_size=64, warmup=0.05, min_crop=0.7, jitter=False, eval_epochs=2)),
+             clip_grad=1.0, randaug=False, erase=False, mixup=False),
+        dict(steps=4700, batch_size=128, warmup=0.02, min_crop=0.1, flip=False, smoothing=0.0),
+        dict(epochs=8, batch_size=64, warmup=0.05, min_crop=0.7, jitter=False, cutmix=False,
+             eval_epochs=2)),
     "small": (  # one GPU, minutes
         dict(canvas=128, texture="fill", img_size=32, patch_size=4, batch_size=512,
              optimizer="muon", lr=2e-3, weight_decay=0.05, warmup=0.05, clip_grad=1.0),
-        dict(steps=3200, drop_path=0.0, min_crop=0.2, flip=False, smoothing=0.0,
-             **OFF | dict(cutmix=True)),
+        dict(steps=3200, drop_path=0.0, min_crop=0.2, flip=False, randaug=False, erase=False,
+             mixup=False, smoothing=0.0),
         dict(epochs=100, min_crop=0.4)),
     "paper": ({}, {}, {}),
 }

@@ -1191,10 +1191,10 @@ def test_a_run_names_its_images_and_goes_on_only_with_them(tmp_path, refused, ca
     (root / "train" / "across").rename(root / "train" / "down")
     (root / "train" / "x").rename(root / "train" / "across")
     assert "other images" in refused("resume", tmp_path / "third")
-    monkeypatch.setattr(op, "MOST_MEMORY", 100)                 # too large to read only for that: by names and sizes
-    large = line(root, "large")
-    (root / "train" / "down" / "3.png").rename(root / "train" / "down" / "other.png")
-    assert line(root, "renamed") != large != first and "other images" in refused("resume", tmp_path / "large")
+    monkeypatch.setattr(op, "MOST_MEMORY", 100)                 # too large to read only for that: sixteen tell
+    large, path = line(root, "large"), min((root / "train" / "across").iterdir())
+    Image.open(path).point(lambda v: v // 2).save(path)
+    assert line(root, "halved") != large != first and "other images" in refused("resume", tmp_path / "large")
 
 
 def test_parts_hidden_files_pipes_and_links_of_a_folder(tmp_path, refused, capsys):
@@ -1251,14 +1251,19 @@ def test_an_image_that_cannot_be_read_in_the_middle_of_a_run_loses_no_step(tmp_p
                *QUICK, "--out", tmp_path / "run"]
     moved = tmp_path / "moved.png"
 
-    def lose():
-        (root / "train" / "down" / "7.png").rename(moved)
-        (root / "train" / "down" / "7.png").write_bytes(b"")
-    with at_step(2, lose):
+    def lose(part):
+        (root / part / "down" / "7.png").rename(moved)
+        (root / part / "down" / "7.png").write_bytes(b"")
+    with at_step(2, lambda: lose("train")):
         assert "7.png" in refused(*command)
     saved = torch.load(tmp_path / "run" / "last.pt", weights_only=True)["step"]
     moved.rename(root / "train" / "down" / "7.png")             # mended
-    assert saved >= 1 and main("resume", tmp_path / "run") == 0 and read_log(tmp_path / "run")[-1]["step"] == 10
+    assert saved >= 1
+    with at_step(10 - saved, lambda: lose("test")):             # the test at the end is made up for
+        assert "7.png" in refused("resume", tmp_path / "run")
+    moved.rename(root / "test" / "down" / "7.png")
+    assert main("resume", tmp_path / "run") == 0
+    assert [line["step"] for line in read_log(tmp_path / "run") if "test_top1" in line][-1] == 10
 
 
 @pytest.mark.parametrize("spoil", [lambda t: t.to(torch.int8), lambda t: t > 0, lambda t: t.to(torch.complex64),

@@ -19,6 +19,7 @@ import experiments
 import faults
 import inits
 import logistic
+import mutants
 import onepfrac as op
 import speed
 
@@ -247,6 +248,11 @@ def test_the_tables_of_the_page_are_those_of_the_records(capsys):
         printed = capsys.readouterr().out
         if f"**{name}:" in page:
             assert printed.strip() in page, f"{name}: run `python results/experiments.py {name}`"
+
+
+def test_every_fault_of_mutants_can_be_planted():
+    text = Path(op.__file__).read_text()
+    assert len(mutants.MUTANTS) >= 30 and all(text.count(old) == 1 and old != new for _, old, new in mutants.MUTANTS)
 
 
 def test_speed_sets_every_part_beside_a_limit(monkeypatch):
