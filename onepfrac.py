@@ -335,8 +335,8 @@ class Data:
         first = draw(torch.arange(1))
         if len(labels) * first.numel() <= memory_for_images(args.device):  # section D
             images = first.new_empty(len(labels), *first.shape[1:])
-            for i in torch.arange(len(labels)).split(100):
-                images[i] = self.drawn(i)
+            for i, some in zip(torch.arange(len(labels)).split(100), images.split(100)):
+                some.copy_(self.drawn(i))
             self.images = images
 
     def drawn(self, i):
@@ -749,6 +749,8 @@ def train(args, model, data, augment, steps, tests=None):
     test_every = max(1, round(args.eval_epochs * len(data) / args.batch_size)) if tests else None
     model.train()
     with Run(args, model, optimizer, steps) as run:  # log, checkpoint, Ctrl-C: D
+        if tests and run.misses_test(test_every):
+            run.log_test(evaluate(model, tests, augment, args))
         for step in range(run.step, steps):
             i = batch_indices(len(data), args.batch_size, step, args.seed)[args.rank::args.world]
             torch.manual_seed(seed_for(args.seed, "step", step, args.rank))
@@ -1339,7 +1341,7 @@ def folder_data(dataset, chosen, args):
 
     If they are small squares of one size (sixteen are looked at) they stay as they are. Else they
     are resized and cropped to 8/7 of img_size (256 for 224). Threads read them. The fingerprint is
-    of all labels and pixels, above 6 GiB of the pixels of sixteen.
+    of all labels and pixels, in whatever order; above 6 GiB of the pixels of sixteen at most.
     """
     chosen = torch.arange(len(dataset)) if chosen is None else chosen
     pool, keys = ThreadPoolExecutor(), torch.zeros(len(chosen), dtype=torch.long)
@@ -1361,7 +1363,7 @@ def folder_data(dataset, chosen, args):
     if data.images is None:  # memory cannot keep them now; if they are few, it may when resumed
         few = len(chosen) * 3 * side ** 2 <= MOST_MEMORY
         list(pool.map(read_square, range(len(chosen)) if few else sixteen))
-    pairs = (data.labels.cpu() * 2 ** 32 + keys).sort().values  # in whatever order they came
+    pairs = (data.labels.cpu() * 2 ** 32 + keys).sort().values
     data.fingerprint = zlib.crc32(pairs.numpy().tobytes())
     return data
 
@@ -1685,7 +1687,7 @@ class Run:
             signal.signal(number, handler)
         if self.live and self.args.lead:
             say("")
-        if kind is InputError and self.model.training:  # an image to train on cannot be read
+        if kind is InputError:  # an image cannot be read
             self.save()
         if self.args.lead and kind is None:
             self.save_curve()
@@ -1729,6 +1731,11 @@ class Run:
         self.report(f"loss {loss:.3f}  top-1 {top1:.1f}%  lr {rate:.2e}  {speed:.0f} images/s  "
                     f"{left // 60}:{left % 60:02d} left", loss=loss, top1=top1, lr=rate,
                     images_per_s=round(speed, 1))
+
+    def misses_test(self, every):
+        """Did the run end before the test of this step, as an image could not be read?"""
+        tested = [record["step"] for record in self.log if "test_top1" in record]
+        return self.step > 0 and self.due(every) and self.step not in tested
 
     def log_test(self, top1):
         self.report(f"test top-1 {top1:.2f}%", test_top1=top1)
@@ -1799,7 +1806,7 @@ class Muon(torch.optim.AdamW):
         """One step of n matrices of one shape, all at once, since many small operations are slow.
         (torch._foreach_x_ does x_ to each tensor of a list.)"""
         for p in matrices:
-            if not self.state[p]:  # "step": AdamW looks for it in what it loads
+            if "momentum_buffer" not in self.state[p]:  # AdamW looks for "step" in what it loads
                 self.state[p] = dict(step=torch.tensor(0.0), momentum_buffer=torch.zeros_like(p))
         buffers = [self.state[p]["momentum_buffer"] for p in matrices]
         grads = [p.grad for p in matrices]
