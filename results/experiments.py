@@ -64,7 +64,7 @@ def by_hand(label, flags):
 
 TABLES = {
     "transfer": ("250 images a class, 8 epochs", 3, "", C250, [
-        *both("", ""), ("from one fractal, its own best", None, "", OWN), *by_hand("", "")]),
+        *both("", ""), *by_hand("", ""), ("from one fractal, its own best", None, "", OWN)]),
     "time": ("250 images a class; pre-training and 8 epochs take as long as 28 epochs", 1, "", C250,
              both("8 epochs / ", "") + both("28 epochs / ", "--epochs 28")),
     "optimizers": ("250 images a class, 8 epochs", 1, "", C250, [
