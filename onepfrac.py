@@ -761,7 +761,7 @@ def train(args, model, data, augment, steps, tests=None):
             if step == 0:
                 run.save_samples(x, augment)
             run.count(loss, logits, target)  # and run.step += 1
-            if run.due(args.log_every) or run.due(args.save_every):  # a line before a save
+            if run.due(args.log_every) or run.due(args.save_every):  # a log line before each save
                 run.log_training(rate)
             if tests and run.due(test_every):
                 run.log_test(evaluate(model, tests, augment, args))
