@@ -491,7 +491,7 @@ class ViT(nn.Module):
         super().__init__()
         if img_size % patch_size or dim % heads:
             raise ValueError(f"{patch_size=} must divide {img_size=}, and {heads=} {dim=}")
-        self.img_size = img_size
+        self.img_size, self.patch_size = img_size, patch_size
         self.patch_embed = nn.ModuleDict(dict(proj=nn.Conv2d(3, dim, patch_size, patch_size)))
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + (img_size // patch_size) ** 2, dim))
@@ -510,8 +510,12 @@ class ViT(nn.Module):
     def embed(self, x):
         if x.shape[2:] != (self.img_size, self.img_size):
             raise ValueError(f"need {self.img_size} pixels, got {tuple(x.shape)}")
-        x = self.patch_embed.proj(x).flatten(2).transpose(1, 2)  # (B, D, H, W) -> (B, HW, D)
-        x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], 1)  # (B, 1 + HW, D)
+        B, C, S, _ = x.shape
+        n = S // self.patch_size  # patches a side
+        x = x.view(B, C, n, S // n, n, S // n).permute(0, 2, 4, 1, 3, 5)  # (B, n, n, C, P, P)
+        proj = self.patch_embed.proj  # timm's convolution is a matrix product of each patch
+        x = F.linear(x.reshape(B, n * n, -1), proj.weight.flatten(1), proj.bias)  # (B, n^2, D)
+        x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], 1)  # (B, 1 + n^2, D)
         return x + self.pos_embed
 
     def forward(self, x):
