@@ -14,8 +14,10 @@ parameters, one fractal, is all of it. The idea:
 These commands use the default recipe, nano: 64 classes, a network of 0.7 million parameters, images
 of 32x32 pixels, minutes on two CPU cores. Their result on the test set, three seeds: top-1 42.9%
 from the fractal (standard deviation 0.6), 36.4% (0.3) from scratch. (results/README.md has the
-records.) The paper has 84.2% and 64.2% for all images, a larger network and a far longer training:
+records.) The paper has 84.2% and 64.2% with all images, a larger network and a far longer training:
 `--recipe paper` has its settings.
+
+Ctrl-C saves. The same command again goes on.
 
 Part One is the whole method, to be read from top to bottom:
     1 fractals       what an iterated function system is, and how complex it is
@@ -27,7 +29,7 @@ Part One is the whole method, to be read from top to bottom:
     7 commands       pretrain and finetune
 Part Two is the rest, to be looked up:
     A RandAugment and colour jitter      B other images            C downstream datasets
-    D runs: folder, checkpoint, resume   E Muon, probe, render     F settings
+    D runs: log, checkpoint, ranks       E Muon, probe, render     F settings, G speed
 """
 import argparse
 import contextlib
@@ -39,22 +41,19 @@ import json
 import math
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
 import time
-import warnings
-import zipfile
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from unittest import mock
 
-if __name__ == "__main__":  # these are read when torch and matplotlib are imported
-    # Threads that wait for each other soon stop spinning (unless the user says how long): spinning
-    # keeps a core busy that other work may need.
-    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
-    os.environ["MPLBACKEND"] = "agg"  # figures are files; a notebook's backend may not be installed
+SCRIPT = __name__ == "__main__" and "__file__" in globals()  # and not a notebook's cell
+if SCRIPT:  # these are read when torch and matplotlib are imported
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # a thread that waits soon lets its core go
+    os.environ["MPLBACKEND"] = "agg"  # figures are files; a notebook's backend may not be there
 
 import numpy as np
 import torch
@@ -62,11 +61,25 @@ import torch.nn.functional as F
 import torchvision
 from matplotlib import cbook
 from matplotlib.figure import Figure
-from PIL import Image, ImageDraw, ImageOps
+from PIL import Image, ImageDraw, ImageOps, PngImagePlugin
 from torch import nn
 from torchvision.transforms.v2 import functional as T
 
 # ###################################### PART ONE: THE METHOD ######################################
+#
+# Who calls whom, what is handed on, and in which section it is:
+#
+#     pretrain                                                                                   7
+#         source_data -> Data: images uint8 (n, S, S), labels (n,)                               3
+#             fractal_data                                                                       3
+#                 base_ifs -> maps (N, 2, 3)              the one fractal; by sample_ifs         1
+#                 liep_data -> maps + eps (L, N, 2, 3)    by perturb                             3
+#                     draw_ifs -> images                  by render_ifs                          2
+#         make_model -> ViT                                                                      4
+#         train                                                                                  6
+#             Augment -> x (B, 3, 32, 32), target (B, L)  from a batch of Data                   5
+#             train_step -> loss                          by lpce_loss                           3
+#     finetune: the same, but downstream_data (C) for source_data, and evaluate (6)
 
 # ==== 1 · Fractals (Eq. 1-2) ======================================================================
 # To copy this section: import math, torch
@@ -80,13 +93,31 @@ from torchvision.transforms.v2 import functional as T
 #
 #     corners = torch.tensor([[0, 0], [0.5, 0], [0.25, 0.5]])                         # t_1 .. t_3
 #     maps = torch.cat([0.5 * torch.eye(2).expand(3, 2, 2), corners[:, :, None]], 2)   # (3, 2, 3)
+#
+# How strongly does a system contract? A matrix A_j makes a circle of radius 1 an ellipse of radii
+# s_j1 >= s_j2, its singular values. The sigma-factor is sum_j (s_j1 + 2 s_j2). At 3 N no map
+# contracts, and there is no attractor. Why is s_j2 counted twice? No theory says so: Anderson &
+# Farrell (Improving Fractal Pre-training, WACV 2022) saw that this sum tells good pictures from bad
+# ones. (A small s_j2 flattens a copy to a line, and lines fill nothing.)
+#
+# Why sample systems of a given sigma? To ask whether complexity matters: the smaller sigma is, the
+# more "complex" the paper calls the shape. In its Table 6, of two maps, sigma 3.5 has 84.2 on
+# CIFAR-100, and 6.0 (just below it) has 81.3. Small trainings of ours show no trend: 30.8 and 30.9,
+# one seed each, where scratch has 24.3.
+#
+# What does 3.5 look like? Shared evenly, all four singular values are 3.5 / 6 = 0.58. Then each
+# copy has 0.58^2 = 0.34 of the area of the whole. The two cannot fill it, nor can copies of copies,
+# and 6% of the canvas (the square image) are left covered. We want a fifth (`base_ifs`), so the
+# areas of the copies, s_j1 s_j2 each, must add up to nearly 1. At sigma 3.5 this takes one map that
+# contracts strongly and one that hardly does. In the default fractal their singular values are
+# 0.33, 0.18 and 0.985, 0.946 (sigma 3.6), so the copies have 0.06 and 0.93 of the area of the
+# whole.
 
 def sigma_factor(maps):
     """sum_j (s_j1 + 2 s_j2) over the singular values of the matrices A_j of a system.
 
-    maps (..., N, 2, 3) -> (...). Small: the maps contract strongly, to a sparse shape ("complex" in
-    the paper). Large: a diffuse cloud. At 3 N nothing contracts, there is no attractor.
-    An empirical measure of Anderson & Farrell, Improving Fractal Pre-training (WACV 2022).
+    maps (..., N, 2, 3) -> (...). Small: together the maps contract strongly, to a sparse shape.
+    Large: a diffuse cloud. At 3 N nothing contracts, there is no attractor.
     """
     s = torch.linalg.svdvals(maps[..., :2])  # (..., N, 2), larger one first
     return (s[..., 0] + 2 * s[..., 1]).sum(-1)
@@ -123,30 +154,41 @@ def sample_ifs(num_maps, sigma, generator=None):
 # ==== 2 · Drawing: chaos game, raster, texture ====================================================
 # To copy this section: import torch, torch.nn.functional as F
 #
-# The chaos game draws the attractor. A point starts at (0, 0). In each step it picks a random map j
-# and moves to A_j v + t_j. Each place that it comes to is a dot. The less a map shrinks areas, the
-# more often it is picked (p_j is proportional to |det A_j|), so the dots lie evenly.
+# The chaos game draws the attractor. With one system and one moving point it is
+#
+#     v, dots = torch.zeros(2), []
+#     for j in probs.multinomial(20_500, replacement=True):  # pick a random map
+#         v = maps[j, :, :2] @ v + maps[j, :, 2]             # move to A_j v + t_j
+#         dots.append(v)                                     # each place is a dot
+#     dots = dots[500:]                                      # but for the first ones, see below
+#
+# The larger a copy is, the more often its map is picked (p_j is proportional to |det A_j|). So a
+# copy of twice the area gets twice the dots, and they lie about evenly.
 #
 # Why it works. The maps take points of the attractor to points of the attractor, and they contract,
-# so a point outside comes closer with each step. But (0, 0) is usually outside, and then so are the
-# places that follow. At sigma 3.5, of two maps whose fractal fills a canvas one hardly contracts,
-# so it takes hundreds of steps until nothing is seen of the start. (In the default fractal, that of
-# --fractal-seed 32, it multiplies lengths by 0.95 to 0.99.) Therefore the first 500 steps are not
-# drawn. The authors' code draws them.
+# so a point outside comes closer with each step. And it comes near every point of the attractor.
+# Such a point lies in a copy of a copy of a copy, as small as we like. Some finite sequence of maps
+# takes the whole attractor into this copy, and an endless random sequence contains every finite one
+# again and again.
 #
-# For speed, K orbits (paths of a moving point) of each of B systems run side by side, and each
-# leaves up to 500 dots. Each orbit picks maps for itself, but orbit k uses the same random numbers
-# in all B systems. Else each image would have its own pattern of dots, and a network could know an
-# image by that alone.
+# Why the first 500 steps are not drawn. (0, 0) is usually outside, and then so are the places that
+# follow. In fractals of sigma 3.5 that cover a canvas one map hardly contracts (section 1), and it
+# is picked most of the time, so it takes hundreds of steps until nothing is seen of the start. (The
+# authors' code draws them.)
+#
+# The same for many at once: K orbits (paths of a moving point) of each of B systems run side by
+# side, and each leaves up to 500 dots. Each orbit picks maps for itself, but orbit k uses the same
+# random numbers in all B systems. Else each image would have its own pattern of dots, and a network
+# could know an image by that alone.
 
-BURN_IN, ORBIT = 500, 500  # steps of an orbit: not drawn, and then drawn, at most
+BURN_IN, ORBIT = 500, 500  # steps of an orbit that are skipped; then at most so many are drawn
 GREY = 127  # of the dots
 
 
 def choose_maps(probs, points, generator=None):
     """Which map each orbit picks in each step -> j (BURN_IN + steps, K) on the CPU, with enough
     orbits K for `points` dots. probs (N,), or (B, N) -> j (BURN_IN + steps, K, B) for systems with
-    probabilities of their own; they need not sum to 1."""
+    probabilities of their own (FractalDB's, section B); they need not sum to 1."""
     K = -(-points // ORBIT)  # rounded up
     u = torch.rand(BURN_IN + -(-points // K), K, generator=generator)
     ends = probs.cpu().double().cumsum(-1)
@@ -163,7 +205,7 @@ def chaos_game(maps, j):
     dots = maps.new_empty(2, B, steps, K)
     for step, rows in enumerate(j.to(maps.device), -BURN_IN):
         if rows.ndim == 1:
-            picked = table.index_select(0, rows)  # (K, 2, 3, B); table[rows] takes 6 times as long
+            picked = table.index_select(0, rows)  # (K, 2, 3, B); as table[rows], but faster
         else:
             picked = table.gather(0, rows[:, None, None].expand(K, 2, 3, B))
         A_x, A_y, t = picked.unbind(2)  # the columns of A, and t: (K, 2, B) each
@@ -173,26 +215,22 @@ def chaos_game(maps, j):
     return dots
 
 
-def rasterize(dots, size, low, high, clip=True):
+def rasterize(dots, size, low, high):
     """Dots (2, B, P) -> images (B, size, size) uint8, GREY where a dot lies, y upwards.
 
     The box from low to high (2, B) is stretched to fill the canvas but for a margin of 6 pixels in
-    512. So an image does not tell where a shape lies and how large it is. clip: leave out dots that
-    lie outside or are not finite; without it, there must be no such dots. `dots` is overwritten.
+    512. So an image does not tell where a shape lies and how large it is. Dots that lie outside or
+    are not finite are left out.
     """
     margin = max(1, 6 * size // 512)
     last = size - 1 - 2 * margin
     scale = last / (high - low).clamp(min=1e-6)  # (2, B)
-    x, y = dots.sub_(low[..., None]).mul_(scale[..., None]).round_()
-    origin = (size - 1 - margin) * size + margin  # the cell where x = y = 0
-    cell = x.add(y, alpha=-size).add_(origin).long()  # floats are exact below 2^24
-    if clip:
-        inside = (x >= 0) & (x <= last) & (y >= 0) & (y <= last)
-        cell = torch.where(inside, cell, size ** 2)  # one more cell, which is cut off
+    x, y = ((dots - low[..., None]) * scale[..., None]).round()
+    inside = (x >= 0) & (x <= last) & (y >= 0) & (y <= last)
+    cell = (size - 1 - margin - y) * size + margin + x  # floats are exact below 2^24
+    cell = torch.where(inside, cell, size ** 2).long()  # one more cell, which is cut off
     hits = torch.zeros(len(cell), size ** 2 + 1, dtype=torch.uint8, device=dots.device)
-    grey = hits.new_full((1, 1), GREY).expand(cell.shape)  # a plain number: half as fast on CPUs
-    hits.scatter_(1, cell, grey)
-    return hits[:, :-1].view(-1, size, size)
+    return hits.scatter_(1, cell, GREY)[:, :-1].view(-1, size, size)
 
 
 def dilate(images):
@@ -206,31 +244,21 @@ def dilate(images):
 def render_ifs(maps, size=512, points=100_000, dilated=True, generator=None, probs=None):
     """Draw attractors: maps (B, N, 2, 3) -> grey images (B, size, size) uint8 on maps.device.
 
-    points: dots of an image, rounded up to whole steps of all orbits. dilated: a dot is a 3x3
-    square (`stamp` gives it a texture), else a pixel. generator (CPU): of the maps that orbits
-    pick, in all images alike. probs (N,) or (B, N): of the maps, by default in proportion to the
-    mean |det A| (a map with det A = 0 is then never picked). To draw in parts, give each the same
-    probs and a generator of the same seed. A system without an attractor runs away and gives a
-    nearly blank image. ValueError if an argument does not fit.
+    points: dots of an image, rounded up to whole steps of all orbits. Each takes about 40 bytes, so
+    draw a thousand images in parts; with the same probs, and each with a generator of the same
+    seed, they are as if drawn at once. dilated: a dot is a 3x3 square (`stamp` gives it a texture),
+    else a pixel. generator (CPU): draws which maps the orbits pick, for all images alike. probs
+    (N,) or (B, N): of the maps, by default the mean of |det A_j| over the B systems. A system
+    without an attractor runs away, to a nearly blank image. ValueError if an argument is unfit.
     """
     if maps.ndim != 4 or maps.shape[2:] != (2, 3) or not len(maps) or not maps.isfinite().all():
         raise ValueError("need finite maps (B, N, 2, 3)")
     probs = maps[..., :2].det().abs().mean(0) if probs is None else probs
     if probs.shape not in (maps.shape[:2], maps.shape[1:2]) or not 8 <= size <= 4096 or points < 1:
         raise ValueError("need probs (N,) or (B, N), size 8 to 4096, and points >= 1")
-    j = choose_maps(probs, points, generator)
-    images = torch.empty(len(maps), size, size, dtype=torch.uint8, device=maps.device)
-    group = max(1, 40_000_000 // points)  # bounds the memory of the orbits, and of the rasters
-    part = max(1, 2_000_000 // (points + size ** 2)) if maps.device.type == "cpu" else 64
-    for first in range(0, len(maps), group):
-        some = slice(first, first + group)
-        orbits = chaos_game(maps[some], j if j.ndim == 2 else j[..., some]).flatten(2)
-        for dots, out in zip(orbits.split(part, 1), images[some].split(part)):
-            low, high = dots.amin(2), dots.amax(2)
-            runaway = not (high - low).isfinite().all()
-            hits = rasterize(dots, size, low, high, clip=runaway)
-            out.copy_(dilate(hits) if dilated else hits)
-    return images
+    dots = chaos_game(maps, choose_maps(probs, points, generator)).flatten(2)  # (2, B, P)
+    images = rasterize(dots, size, dots.amin(2), dots.amax(2))
+    return dilate(images) if dilated else images
 
 
 def stamp(images, generator=None):
@@ -240,24 +268,31 @@ def stamp(images, generator=None):
     earlier ones. So a covered pixel is a coin flip, lit with probability 256/511. Here it is 1/2:
     an image is the dilated points times a mask of coin flips, and a new texture is a new mask.
     """
-    # A random number of 64 bits is 64 coins: 10 times as fast as random_(2) for each pixel.
-    words = -(-images[0].numel() // 64)
+    words = -(-images[0].numel() // 64)  # a random number of 64 bits is 64 coins
     draws = torch.empty(len(images), words, dtype=torch.int64, device=images.device)
-    draws.random_(-2 ** 63, None, generator=generator)
+    draws.random_(-2 ** 63, None, generator=generator)  # None: all 64 bits are random
     bit = torch.arange(8, dtype=torch.uint8, device=images.device)
-    coins = draws.view(torch.uint8)[:, None] >> bit[:, None] & 1  # (B, 8, 8 * words)
+    coins = (draws.view(torch.uint8)[:, None] >> bit[:, None]) & 1  # (B, 8, 8 * words)
     return images.mul_(coins.flatten(1)[:, :images[0].numel()].view_as(images))
 
 
 # ==== 3 · Classes: the LIEP distribution and the LPCE loss (Eq. 6-9) ==============================
 # To copy `perturb` and `lpce_loss`: import torch, torch.nn.functional as F
 #
-# One image is one class, and with one class there is nothing to learn (Eq. 6). So the paper adds
-# noise: to each of the 6 N numbers of the maps a small random one. All of them together, one point
-# of a cube of side Delta around 0 in 6 N dimensions, are called eps (Eq. 9). Each eps is a class:
-# the image of maps + eps. If this is nearly blank, another eps is drawn. (The authors' code does
-# not add. It multiplies each number by one from 1 - Delta to 1 + Delta, `--noise multiplicative`.
-# The default is the paper's, and its Delta, 0.1.)
+# In the paper's letters: I is the image of the fractal, x an image, y its label, theta are the
+# weights of the network, and v is a point of the plane. (The paper writes its point mass as delta.)
+#
+#     (6)  p_data(x, y)  = point(x - I) point(y)                    one image; y is always 0
+#     (7)  p_Delta(x, y) = mean over eps of point(x - I_eps) point(y - eps)    each eps a class
+#     (8)  loss          = -E log p_theta(y | x)     for x and y that are drawn from p_Delta
+#     (9)  w_j(v; eps_j) = ([A_j t_j] + eps_j) [v; 1]     the maps whose attractor is I_eps
+#
+# With one image and one class (6) there is nothing to learn. So the paper adds noise: to each of
+# the 6 N numbers of the maps a small random one (9). All of them together, one point of a cube of
+# side Delta around 0 in 6 N dimensions, are called eps. Each eps is a class: the image of
+# maps + eps. If this is nearly blank, another eps is drawn. (The authors' code does not add. It
+# multiplies each number by one from 1 - Delta to 1 + Delta, `--noise multiplicative`. The defaults,
+# additive noise and Delta = 0.1, are the paper's.)
 #
 # Is there a picture for each eps? Nearly half of the perturbations of the default fractal have a
 # map that stretches in one direction (a singular value above 1). They still have an attractor: a
@@ -293,19 +328,19 @@ def stamp(images, generator=None):
 # steps (guessing: 1.6%), and CIFAR-100 no better than from scratch. (We have not measured it at 224
 # pixels.) `--texture fresh` draws new ones at each step, our reading of "w/ Aug." in the paper's
 # Table 13. Without masks, `--texture fill` (nano) draws a dot as a square of 3x3 pixels, `--texture
-# point` as one.
+# point` as a single pixel.
 #
 # FractalDB and OFDB, older datasets of fractals, are the same program at other settings: they have
 # many fractals ("categories"), and the label is the category. FractalDB has 1,000 images of each,
 # OFDB one (section B).
 #
-# Seeds (`seeded`, `seed_for`) are explained in section 6, errors (`InputError`) in section D.
+# Seeds (`seeded`, `seed_for`) are explained in section 6.
 
 def perturb(base, delta, L, generator=None, noise="additive"):
     """L perturbed copies of base, numbers of any shape (...) -> (L, ...), Eq. 9.
 
     noise: "additive" (the paper): each number plus U(-delta/2, delta/2). "multiplicative" (the
-    authors' code): each number times U(1 - delta, 1 + delta). Draw k is the same for every L.
+    authors' code): each number times U(1 - delta, 1 + delta).
     """
     if noise not in ("additive", "multiplicative"):
         raise ValueError(f"noise must be additive or multiplicative, got {noise!r}")
@@ -320,26 +355,33 @@ def lpce_loss(logits, target):
     return F.cross_entropy(logits, target)
 
 
+KEPT = 4 * 2 ** 30  # bytes of images that are kept in memory; more are made again at each step
+
+
 class Data:
     """n labelled images. data[i], for indices i (B,) on the CPU: uint8 images (B, S, S) or
     (B, C, S, S) and labels (B,), on the device.
 
-    draw(i) makes images, once if memory can keep them all, else at each data[i]. texture: the masks
-    that `stamp` adds, "random" (of each image its own, always the same) or "fresh" (new at each
-    data[i]). omega: the numbers that images are drawn from (the paper's name), for omega.json.
+    draw(i) makes images, once if they are not too many to be kept, else at each data[i]. texture:
+    the masks that `stamp` adds, "random" (of each image its own, always the same) or "fresh" (new
+    at each data[i]). omega: the numbers that images are drawn from (the paper's name), as a record.
+    fingerprint: of all labels and the images that are kept, or else of the first 64.
     """
 
     def __init__(self, labels, draw, args, texture=None, **omega):
         self.labels, self.draw, self.seed = labels.to(args.device), draw, args.seed
-        self.texture, self.omega, self.images = texture, omega, None
-        first = draw(torch.arange(1))
-        if len(labels) * first.numel() <= memory_for_images(args.device):  # section D
-            images = first.new_empty(len(labels), *first.shape[1:])
-            for i, some in zip(torch.arange(len(labels)).split(100), images.split(100)):
-                some.copy_(self.drawn(i))
-            self.images = images
+        self.texture, self.omega = texture, omega
+        self.classes = None  # their names, if they have any
+        self.images, first = None, self.make(torch.arange(min(64, len(labels))))
+        if len(labels) * first[0].numel() <= KEPT:
+            self.images = first.new_empty(len(labels), *first.shape[1:])
+            for i, some in zip(torch.arange(len(labels)).split(64), self.images.split(64)):
+                some.copy_(self.make(i))
+        known = first if self.images is None else self.images
+        crc = zlib.crc32(known.cpu().contiguous().numpy(), zlib.crc32(labels.cpu().numpy()))
+        self.fingerprint = f"{crc:08x}"
 
-    def drawn(self, i):
+    def make(self, i):
         images = self.draw(i)
         if self.texture == "random":
             for k, image in zip(i.tolist(), images):
@@ -352,7 +394,7 @@ class Data:
 
     def __getitem__(self, i):
         index = i.to(self.labels.device, non_blocking=True)
-        images = self.drawn(i) if self.images is None else self.images.index_select(0, index)
+        images = self.make(i) if self.images is None else self.images.index_select(0, index)
         if self.texture == "fresh":
             images = stamp(images)  # in place, but these are copies
         return images, self.labels[index]
@@ -372,14 +414,14 @@ def liep_data(base, draw_params, args, texture=None, least=0.0, background=0, **
     """
     generator, kept, tried = seeded(args.seed, "eps"), [], 0
     while len(kept) < args.L:
-        params = perturb(base, args.delta, 32, generator, args.noise)
+        params = perturb(base, args.delta, 32, generator, args.noise)  # the next 32 to try
         share = covered(draw_params(params), background)
         kept += params[(share > 0) & (share >= least)]
         tried += len(params)
         if tried > 1000 * (1 + len(kept)):
-            what = f"cover {least:.0%} of the canvas" if least else "are not blank"
-            raise InputError(f"--delta {args.delta}: only {len(kept)} of {tried} perturbed images "
-                             f"{what}; lower it" + ", or draw more --points" * (least > 0))
+            raise InputError(f"--delta {args.delta}: {tried - len(kept)} of {tried} images are "
+                             f"blank, or cover less than {least:.0%} of the canvas; lower it, or "
+                             "give more --points or another --image")
     params = torch.stack(kept[:args.L])
 
     def draw(i):
@@ -393,7 +435,7 @@ def base_ifs(num_maps, sigma, seed):
     the authors, and it covers a fifth of a canvas. They drew theirs unseeded, and never published
     it."""
     generator = seeded(seed)
-    for _ in range(300):  # at sigma 3.5 about one in six does
+    for _ in range(300):  # at sigma 3.5 about one in six covers enough
         target = sigma + 0.2 * (torch.rand((), generator=generator).item() - 0.5)
         if 0 < target < 3 * num_maps:
             maps = sample_ifs(num_maps, target, generator)
@@ -415,7 +457,7 @@ def fractal_data(args):
     if args.categories > 1:
         return fractaldb_data(args)  # section B
     base = base_ifs(args.num_maps, args.sigma, args.fractal_seed)
-    probs = base[..., :2].det().abs()  # of the unperturbed maps, as with the authors
+    probs = base[..., :2].det().abs()  # of the unperturbed maps, so that all images pick the same
     draw_maps = functools.partial(draw_ifs, probs=probs, args=args)
     return liep_data(base, draw_maps, args, args.texture,
                      least=0.1 if args.texture in ("random", "fresh") else 0.05)
@@ -426,9 +468,9 @@ def fractal_data(args):
 #
 # The image is cut into patches. Each patch becomes a vector, a token, and a position embedding is
 # added to it. One more token, cls, stands for the whole image: the classifier reads it at the end.
-# The tokens pass through blocks. Each does two things, and adds the results to them. Attention:
-# each token compares its query with the keys of all tokens, and takes the mean of their values,
-# weighted by how well they match. MLP: a small network works on each token alone.
+# The tokens pass through blocks. A block does two things in turn, and adds each result to the
+# tokens. Attention: each token compares its query with the keys of all tokens, and takes the mean
+# of their values, weighted by how well they match. MLP: a small network works on each token alone.
 
 MODELS = {  # dim, depth, heads
     "vit_nano": (96, 6, 3),
@@ -452,7 +494,7 @@ class Attention(nn.Module):
         q, k, v = self.qkv(x).view(B, N, 3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)
         if x.is_cuda:
             x = F.scaled_dot_product_attention(q, k, v)  # (B, heads, N, D / heads)
-        else:  # the same: on CPUs the fused one is slow in bf16
+        else:  # the same, written out: faster on a CPU
             weight = (q * (D // self.heads) ** -0.5) @ k.transpose(2, 3)  # (B, heads, N, N)
             x = weight.softmax(-1).to(v.dtype) @ v
         return self.proj(x.transpose(1, 2).reshape(B, N, D))
@@ -510,12 +552,12 @@ class ViT(nn.Module):
     def embed(self, x):
         if x.shape[2:] != (self.img_size, self.img_size):
             raise ValueError(f"need {self.img_size} pixels, got {tuple(x.shape)}")
-        B, C, S, _ = x.shape
-        n = S // self.patch_size  # patches a side
-        x = x.view(B, C, n, S // n, n, S // n).permute(0, 2, 4, 1, 3, 5)  # (B, n, n, C, P, P)
-        proj = self.patch_embed.proj  # timm's convolution is a matrix product of each patch
-        x = F.linear(x.reshape(B, n * n, -1), proj.weight.flatten(1), proj.bias)  # (B, n^2, D)
-        x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], 1)  # (B, 1 + n^2, D)
+        B, C, P, n = *x.shape[:2], self.patch_size, self.img_size // self.patch_size
+        x = x.view(B, C, n, P, n, P).permute(0, 2, 4, 1, 3, 5)  # (B, n, n, C, P, P): the patches
+        proj = self.patch_embed.proj  # holds timm's weights; its convolution is one matrix product
+        x = x.reshape(B, n * n, C * P * P)
+        x = F.linear(x, proj.weight.flatten(1), proj.bias)  # (B, n^2, D)
+        x = torch.cat([self.cls_token.expand(B, -1, -1), x], 1)  # (B, 1 + n^2, D)
         return x + self.pos_embed
 
     def forward(self, x):
@@ -527,13 +569,26 @@ class ViT(nn.Module):
 #                                from torchvision.transforms.v2 import functional as T
 #
 # Every sample gets its own crop, flips, colours and erased box. Crops of random place and scale
-# make the task of section 3 hard. Mixup and cutmix blend each image, and its target, with another
-# image of the batch. What is done, and where, is chosen on the CPU, and the pixels stay on the
-# device, so nothing waits for a GPU. All random numbers come from torch's default generators, which
-# the loop of section 6 seeds at each step.
+# make the task of section 3 hard. Mixup and cutmix blend each image with its partner, that is the
+# image at the same place of the reversed batch, and their targets in the same proportion. What is
+# done, and where, is chosen on the CPU, so that a GPU is never waited for. All random numbers come
+# from torch's default generators, which the loop of section 6 seeds at each step.
+#
+# Resizing is linear: each output pixel is a weighted sum of input pixels. So a row of pixels times
+# a matrix of weights is the resized row, and each sample has the matrix of its own box. A row of
+# four pixels, halved:
+#
+#     matrix = resize_matrix(start=[0], length=[4], pixels=4, size=2)  =    0.46 -0.04
+#                                                                           0.46  0.12
+#                                                                           0.12  0.46
+#                                                                          -0.04  0.46
+#     [0, 0, 100, 100] @ matrix = [8, 92]
+#
+# Why not F.grid_sample? It mixes only the pixels next to one place, so when an image shrinks most
+# pixels have no weight (no antialiasing). F.interpolate has, but one box for a whole batch.
 
 def resize_matrix(start, length, pixels, size):
-    """Resizing is linear: column j of the matrix (B, pixels, size) has the weights of output j.
+    """Column j of a matrix (B, pixels, size) has the weights of output pixel j.
 
     start, length (B,): whole pixels. The box [start, start + length) of each image becomes `size`
     pixels. length < 0 is a flip: the box [start + length, start) backwards.
@@ -542,18 +597,16 @@ def resize_matrix(start, length, pixels, size):
     """
     start, length = start.view(-1, 1, 1), length.view(-1, 1, 1)
     scale = length / size
-    output = (torch.arange(size, device=start.device) + 0.5) * scale  # from `start`, in pixels
-    pixel = torch.arange(pixels, device=start.device)[:, None] + 0.5 - start
-    share = pixel / length  # of the way through the box
-    pixel = torch.where((share > 0) & (share < 1), pixel, math.inf)  # not in the box: far away
-    d = (pixel - output).abs_().div_(scale.abs().clamp(min=1))  # in output pixels if larger
+    outputs = (torch.arange(size, device=start.device) + 0.5) * scale  # from `start`, in pixels
+    inputs = torch.arange(pixels, device=start.device)[:, None] + 0.5 - start
+    share = inputs / length  # of the way through the box
+    inputs = torch.where((share > 0) & (share < 1), inputs, math.inf)  # not in the box: far away
+    d = (inputs - outputs).abs() / scale.abs().clamp(min=1)  # in output pixels if it shrinks
     # Twice the kernel is 3 d^3 - 5 d^2 + 2 up to 1, then (1 - d) (2 - d)^2 up to 2, then 0. Both
-    # pieces are 0 where they end, so it is their sum, each with d held in its range. In place, as
-    # new memory takes longer than the arithmetic on a CPU.
-    near, far = d.clamp(max=1), d.clamp_(1, 2)
-    weight = (3 * near - 5).mul_(near).mul_(near).add_(2)
-    weight += (1 - far).mul_((2 - far).square_())
-    return weight.div_(weight.sum(1, keepdim=True))
+    # pieces are 0 where they end, so it is their sum, each with d held in its range.
+    near, far = d.clamp(max=1), d.clamp(1, 2)
+    weight = (3 * near - 5) * near * near + 2 + (1 - far) * (2 - far) ** 2
+    return weight / weight.sum(1, keepdim=True)
 
 
 def random_boxes(B, size, scale, ratio, tries=10):
@@ -625,10 +678,11 @@ class Augment:
         if random:
             flip = torch.rand(2, B) < torch.tensor(self.flip[::-1])[:, None]  # of rows, of columns
             start, length = start + flip * length, torch.where(flip, -length, length)
-        for start, length in torch.stack([start, length], 1).to(x.device, non_blocking=True):
+        box = torch.stack([start, length], 1).to(x.device, non_blocking=True)
+        for axis in range(2):
             # x.mT has the rows last, where a matrix product resizes them; the second pass resizes
             # the columns and turns the image back.
-            x = x.mT @ resize_matrix(start, length, S, self.img_size)[:, None]
+            x = x.mT @ resize_matrix(*box[axis], S, self.img_size)[:, None]
         return x.clamp_(0, 255).round_()
 
     def random_erase(self, x):
@@ -667,8 +721,13 @@ class Augment:
 # Which images a step takes depends on (seed, step), and its random numbers on (seed, step, rank),
 # where rank is 0 to world - 1 if several processes share a batch. No generator has a state that
 # lasts longer than a step, and images are drawn again from the settings. So from the weights, the
-# optimizer state and the step of a checkpoint, `python onepfrac.py resume runs/pretrain` reaches
-# the same bits on a CPU as a run without a break. (On a GPU some sums have no fixed order.)
+# optimizer state and the step of a checkpoint, the same command reaches the same bits on a CPU as
+# if it had never been stopped. (On a GPU some sums have no fixed order.)
+#
+# The paper pre-trains with AdamW and fine-tunes with SGD. The recipes nano and small (section F)
+# have Muon for the weight matrices of the blocks, in both, and AdamW for the rest. The momentum of
+# a matrix is U S V^T by its singular values S. Muon takes about U V^T instead: all singular values
+# become about 1. So what few images ask of a matrix is learned as fast as what many ask.
 
 def seed_for(*key):
     """A 31-bit seed from any key of numbers and strings, the same on every machine."""
@@ -696,22 +755,20 @@ def batch_indices(n, batch_size, step, seed):
 def make_optimizer(model, args):
     """AdamW, SGD with Nesterov momentum, or Muon for the weight matrices of the blocks and AdamW
     for the rest. Only weight matrices decay: no biases, norms, cls token, position embeddings."""
-    blocks, matrices, rest = [], [], []
+    in_blocks, matrices, rest = [], [], []
     for name, p in model.named_parameters():
-        if not p.requires_grad:
-            continue
         if p.ndim == 1 or name in ("cls_token", "pos_embed"):
             rest.append(p)
         elif name.startswith("blocks."):
-            blocks.append(p)
+            in_blocks.append(p)
         else:
             matrices.append(p)
-    groups = [dict(params=blocks, weight_decay=args.weight_decay),
+    groups = [dict(params=in_blocks, weight_decay=args.weight_decay),
               dict(params=matrices, weight_decay=args.weight_decay),
               dict(params=rest, weight_decay=0.0)]
     if args.optimizer == "sgd":
         return torch.optim.SGD(groups, args.lr, momentum=0.9, nesterov=True, fused=True)
-    if args.optimizer == "muon":  # section E
+    if args.optimizer == "muon":  # section E; for the group that has a "muon_dtype"
         groups[0]["muon_dtype"] = torch.bfloat16 if args.precision == "bf16" else torch.float32
         return Muon(groups, args.lr, betas=(0.9, 0.999), fused=True)
     return torch.optim.AdamW(groups, args.lr, betas=(0.9, 0.999), fused=True)
@@ -744,19 +801,20 @@ def train_step(network, optimizer, x, target, rate, args):
     return loss.detach(), logits.detach()
 
 
-def train(args, model, data, augment, steps, tests=None):
-    """Train until `steps`, from step 0 or from where a resumed run stopped. Test on the images
+def train(args, run, model, data, augment, steps, tests=None):
+    """Train until `steps`, from step 0 or from where this run was stopped. Test on the images
     `tests` every --eval-epochs, and at the end."""
     optimizer = make_optimizer(model, args)
+    run.begin(model, optimizer, steps, data, tests)  # or goes on: section D
     network = accelerate(model, args)  # the same weights, compiled or in parallel: section D
     warmup = round(args.warmup * steps)
-    test_every = max(1, round(args.eval_epochs * len(data) / args.batch_size)) if tests else None
+    if tests is not None:
+        test_every = steps / max(1, round(args.epochs / args.eval_epochs))
     model.train()
-    with Run(args, model, optimizer, steps) as run:  # log, checkpoint, Ctrl-C: D
-        if tests and run.misses_test(test_every):
-            run.log_test(evaluate(model, tests, augment, args))
+    with noted_signals(args) as signals:  # Ctrl-C, for the end of a step: section D
         for step in range(run.step, steps):
-            i = batch_indices(len(data), args.batch_size, step, args.seed)[args.rank::args.world]
+            i = batch_indices(len(data), args.batch_size, step, args.seed)
+            i = i[args.rank::args.world_size]
             torch.manual_seed(seed_for(args.seed, "step", step, args.rank))
             images, labels = data[i]
             x, target = augment(images, labels)
@@ -764,15 +822,20 @@ def train(args, model, data, augment, steps, tests=None):
             loss, logits = train_step(network, optimizer, x, target, rate, args)
             if step == 0:
                 run.save_samples(x, augment)
-            run.count(loss, logits, target)  # and run.step += 1
-            if run.due(args.log_every) or run.due(args.save_every):  # a log line before each save
+            run.step = step + 1
+            run.count(loss, logits, target)
+            testing = tests and run.due(test_every)  # every so many steps, and at the last one
+            stopping = bool(signals)
+            saving = stopping or run.due(args.save_every)
+            if testing or saving or run.due(args.log_every):
                 run.log_training(rate)
-            if tests and run.due(test_every):
-                run.log_test(evaluate(model, tests, augment, args))
-            if run.due(args.save_every) or run.signal:
+            if testing:
+                run.report(test_top1=evaluate(model, tests, augment, args))
+            if saving:
                 run.save()
-            if run.signal:
-                run.stop()
+            if stopping and run.step < steps:
+                run.stop(signals)
+        run.save_curve()
 
 
 @torch.no_grad()
@@ -780,7 +843,7 @@ def evaluate(model, data, augment, args):
     """Top-1 accuracy in percent, each rank testing its share of the images."""
     model.eval()
     right = torch.zeros((), device=args.device)
-    for i in torch.arange(len(data))[args.rank::args.world].split(500):
+    for i in torch.arange(len(data))[args.rank::args.world_size].split(500):
         images, labels = data[i]
         right += (predict(model, augment.plain(images), args).argmax(1) == labels).sum()
     model.train()
@@ -790,8 +853,8 @@ def evaluate(model, data, augment, args):
 # ==== 7 · Commands: pretrain and finetune =========================================================
 #
 # Both make labelled images, a network and an augmentation, and train. Fine-tuning starts from a
-# checkpoint's weights, but with a new head (the classifier on top), and tests as it goes.
-# What it changes otherwise (section F has all numbers):
+# checkpoint's weights, but with a new head (the classifier on top), and tests as it goes. The
+# settings of both (section F has all):
 #
 #                   paper: pre-training -> fine-tuning    nano: pre-training -> fine-tuning
 #     length        240,000 steps -> 1,000 epochs         4,700 steps -> 8 epochs
@@ -800,27 +863,26 @@ def evaluate(model, data, augment, args):
 #     weight decay  0.05 -> 1e-4                          0.05 -> 0.05
 #     warm-up       15 steps -> 1% of the steps           2% -> 5% of the steps
 #     batch         256 -> 768                            128 -> 64
-#     smoothing     0.1 -> 0.1 of a label                 none -> 0.1
+#     smoothing     0.1 -> 0.1 (of labels)                none -> 0.1
 #     least crop    8% -> 8% of the area                  10% -> 70%
 #     flips         left-right, up-down -> left-right     none -> left-right
 #     mixup, cutmix both -> both                          cutmix -> none
 #     erased boxes  50% -> 25% of the images              none -> none
+#     RandAugment   on -> on                              none -> none
 #     jitter        none (RandAugment does it)            on -> off
 #     pixels        (x - 0.5) / 0.5 -> ImageNet's mean and standard deviation, for both
-#
-# All else stays. nano has no RandAugment in either.
 
 def make_model(args, classes):
     """The network with its initial weights."""
     dim, depth, heads = MODELS[args.model]
     torch.manual_seed(seed_for(args.seed, "weights"))
-    with blaming("--img-size or --patch-size"):  # turns a ValueError into one line: section D
+    with blaming("--img-size, --patch-size"):  # an error of one line: section D
         return ViT(args.img_size, args.patch_size, classes, dim, depth, heads, args.drop_path)
 
 
 def make_augment(args, classes, **more):
     """The augmentation that the switches of the paper's Table 9 ask for; more: what a command adds.
-    A switch is 0 or 1, so flip / 2 is a probability of 0 or 0.5."""
+    A switch is 0 or 1, so jitter is 0 or 0.4."""
     return Augment(
         args.img_size, classes, args.crop, args.aspect, (args.min_crop, 1), randaug=args.randaug,
         jitter=0.4 * args.jitter, mixup=0.8 * args.mixup, cutmix=1.0 * args.cutmix,
@@ -829,28 +891,27 @@ def make_augment(args, classes, **more):
 
 def pretrain(args):
     """Pre-train on the images of --source, by default L perturbed copies of one fractal."""
+    run = Run(args)  # its folder, log and checkpoint: section D
     data = source_data(args)  # section 3, or B
-    if args.lead and not args.resume:  # rank 0
-        write_json(Path(args.out) / "omega.json", data.omega)
     classes = int(data.labels.max()) + 1
     augment = make_augment(args, classes, flip=(args.flip / 2,) * 2, erase=args.erase / 2)
-    train(args, make_model(args, classes).to(args.device), data, augment, args.steps)
+    train(args, run, make_model(args, classes).to(args.device), data, augment, args.steps)
 
 
 def finetune(args):
     """Fine-tune a checkpoint on --data, or train from scratch without one. With --probe K train
     only a linear classifier on the first K blocks."""
-    data, tests, classes = downstream_data(args)  # section C
+    run = Run(args)
+    data, tests = downstream_data(args)  # section C
+    classes = len(data.classes)
     model = make_model(args, classes)
-    if args.ckpt and not args.resume:
-        load_weights(model, args.ckpt)  # all but the head: D
+    if args.ckpt and run.step == 0:
+        load_weights(model, args.ckpt)  # all but the head: section D
     if args.probe:
-        if args.batch_size == args.world:
-            raise InputError("--batch-size: with --probe two or more, to normalise over them")
         model = Probe(model, args.probe, classes)  # section E
     augment = make_augment(args, classes, flip=(args.flip / 2, 0), erase=args.erase / 4, **IMAGENET)
     steps = math.ceil(args.epochs * len(data) / args.batch_size)
-    train(args, model.to(args.device), data, augment, steps, tests)
+    train(args, run, model.to(args.device), data, augment, steps, tests)
 
 
 # ################# END OF PART ONE: this is the whole method. PART TWO: the rest ##################
@@ -870,89 +931,84 @@ def to_grey(x):
     return ((19595 * red + 38470 * green + 7471 * blue) / 65536 + 0.5).floor()
 
 
-def blend(degenerate, x, factor):
-    """factor 0: the degenerate image, 1: x; between and beyond, a line through both."""
-    return torch.lerp(degenerate, x, factor).clamp_(0, 255).floor_()
-
-
-def brightness(x, factor):
-    """0: black."""
-    return blend(torch.zeros_like(x), x, factor)
-
-
-def color(x, factor):
-    """0: grey."""
-    return blend(to_grey(x), x, factor)
-
-
-def contrast(x, factor):
-    """0: the mean grey everywhere."""
-    return blend((to_grey(x).mean((2, 3), keepdim=True) + 0.5).floor(), x, factor)
-
-
-def sharpness(x, factor):
-    """0: smoothed, but for the border."""
-    if min(x.shape[2:]) < 3:  # all border
-        return x
-    smooth, inner = x.clone(), x[..., 1:-1, 1:-1]  # by [[1,1,1],[1,5,1],[1,1,1]] / 13
+def smooth(x):
+    """Filtered by [[1, 1, 1], [1, 5, 1], [1, 1, 1]] / 13, but for the border."""
+    out, inner = x.clone(), x[..., 1:-1, 1:-1]
     sums = F.avg_pool2d(x, 3, stride=1, divisor_override=1)  # of each 3x3 square
-    smooth[..., 1:-1, 1:-1] = ((sums + 4 * inner) / 13 + 0.5).floor()
-    return blend(smooth, x, factor)
+    out[..., 1:-1, 1:-1] = ((sums + 4 * inner) / 13 + 0.5).floor()
+    return out
 
 
-def affine(x, level, angle=0.0, shear_x=0.0, shear_y=0.0, shift_x=0.0, shift_y=0.0, fill=128):
-    """Each at level 1; one of them is not 0. Bilinear, as Pillow's."""
-    level = level[:, 0, 0, 0]
-    cos, sin = (angle * level).cos(), (angle * level).sin()
+DEGENERATE = {  # an image without brightness, and so on
+    "brightness": torch.zeros_like,
+    "color": to_grey,
+    "contrast": lambda x: (to_grey(x).mean((2, 3), keepdim=True) + 0.5).floor(),
+    "sharpness": smooth,
+}
+
+
+def enhance(x, level, kind, size=0.9):
+    """Factor 0 gives the degenerate image, 1 gives x; between and beyond, a line through both. The
+    factor is 1 + size * level. (timm's "inc": 1 +- 0.9 at full magnitude.)"""
+    return torch.lerp(DEGENERATE[kind](x), x, 1 + size * level).clamp_(0, 255).floor_()
+
+
+def move(x, by, fill=128):
+    """Turn, shear, shift each image by its row of by (B, 5), as in MOVES. Bilinear, as Pillow's."""
+    angle, shear_x, shear_y, shift_x, shift_y = by.unbind(1)
+    cos, sin = angle.cos(), angle.sin()
     matrix = torch.stack([  # Pillow shears about the corner
-        cos, shear_x * level - sin, (shear_x + shift_x) * level,
-        sin + shear_y * level, cos, (shear_y + shift_y) * level], 1).view(-1, 2, 3)
+        cos, shear_x - sin, shear_x + shift_x,
+        sin + shear_y, cos, shear_y + shift_y], 1).view(-1, 2, 3)
     grid = F.affine_grid(matrix, x.shape, align_corners=False)
-    x = F.grid_sample(x - fill, grid, align_corners=False)
-    return x.add_(fill + 1e-3).floor_()
+    return F.grid_sample(x - fill, grid, align_corners=False).add_(fill + 1e-3).floor_()
 
 
-def enhance(function):
-    """timm's "inc": a factor of 1 +- 0.9 at full magnitude."""
-    return lambda x, level: function(x, 1 + 0.9 * level)
-
-
-OPS = {  # timm's fifteen operations
+OPS = {  # timm's fifteen operations: ten that change greys
     "autocontrast": lambda x, level: T.autocontrast(x.to(torch.uint8)).float(),
     "equalize": lambda x, level: T.equalize(x.to(torch.uint8)).float(),
     "invert": lambda x, level: 255 - x,
     "posterize": lambda x, level: x - x % 2 ** (4 + (4 * level.abs()).floor()),  # to 4 .. 0 bits
     "solarize": lambda x, level: torch.where(x < 256 - (256 * level.abs()).floor(), x, 255 - x),
     "solarize_add": lambda x, level: (x + (x < 128) * (110 * level.abs()).floor()).clamp(max=255),
-    "brightness": enhance(brightness),
-    "color": enhance(color),
-    "contrast": enhance(contrast),
-    "sharpness": enhance(sharpness),
-    "rotate": functools.partial(affine, angle=math.radians(30)),
-    "shear_x": functools.partial(affine, shear_x=0.3),
-    "shear_y": functools.partial(affine, shear_y=0.3),
-    "translate_x": functools.partial(affine, shift_x=0.9),  # of grid_sample's width, which is 2
-    "translate_y": functools.partial(affine, shift_y=0.9),
+    **{kind: functools.partial(enhance, kind=kind) for kind in DEGENERATE},
 }
+MOVES = {  # and five that move; at level 1: angle; shear of x, of y; shift of x, of y
+    "rotate": (math.radians(30), 0, 0, 0, 0),
+    "shear_x": (0, 0.3, 0, 0, 0),
+    "shear_y": (0, 0, 0.3, 0, 0),
+    "translate_x": (0, 0, 0, 0.9, 0),  # of grid_sample's width, which is 2
+    "translate_y": (0, 0, 0, 0, 0.9),
+}
+NONE = len(OPS) + len(MOVES)  # an operation is a number: first OPS, then MOVES, then none
 
 
 def apply_op(x, op, level):
-    """One operation per sample: x (B, C, S, S); on the CPU op (B,), which indexes OPS (its length:
-    none), and level (B,) in -1..1."""
-    x = x.clone()
-    for k, function in enumerate(OPS.values()):
-        some = (op == k).nonzero()[:, 0]
-        if len(some):
-            index, amount = (t.to(x.device, non_blocking=True) for t in (some, level[some]))
-            x[index] = function(x[index], amount.view(-1, 1, 1, 1))
-    return x
+    """One operation per sample: x (B, C, S, S); on the CPU op (B,) in 0..NONE, level (B,) in -1..1.
+
+    Samples are sorted by operation, so each operation changes one slice of them, and all moves are
+    one operation. Then each goes back to its place.
+    """
+    order = op.argsort(stable=True)
+    op, level = op[order], level[order]
+    by = F.pad(torch.tensor([*MOVES.values()]), (0, 0, len(OPS), 1))[op] * level[:, None]  # (B, 5)
+    sizes = op.bincount(minlength=NONE + 1).tolist()
+    sizes[len(OPS):NONE] = [sum(sizes[len(OPS):NONE])]  # of all moves
+    order, level, by = (t.to(x.device, non_blocking=True) for t in (order, level, by))
+    parts, levels = x[order].split(sizes), level.view(-1, 1, 1, 1).split(sizes)
+    done = [change(part, level) for change, part, level in zip(OPS.values(), parts, levels)
+            if len(part)]
+    if len(parts[-2]):
+        done.append(move(parts[-2], by.split(sizes)[-2]))
+    done.append(parts[-1])  # without an operation
+    return torch.empty_like(x).index_copy_(0, order, torch.cat(done))
 
 
 def rand_augment(x, layers=2, magnitude=9.0, std=0.5):
     """timm's rand-m9-mstd0.5-inc1: two of the operations, each with probability 0.5."""
     B = len(x)
     for _ in range(layers):
-        op = torch.where(torch.rand(B) < 0.5, torch.randint(len(OPS), (B,)), len(OPS))
+        op = torch.where(torch.rand(B) < 0.5, torch.randint(NONE, (B,)), NONE)
         level = (magnitude + std * torch.randn(B)).clamp(0, 10) / 10
         x = apply_op(x, op, level * (torch.randint(2, (B,)) * 2 - 1))
     return x
@@ -961,10 +1017,9 @@ def rand_augment(x, layers=2, magnitude=9.0, std=0.5):
 def color_jitter(x, jitter):
     """Brightness, saturation and contrast by U(1 - jitter, 1 + jitter), in an order that the batch
     shares."""
-    factors = 1 + jitter * (2 * torch.rand(3, len(x), 1, 1, 1) - 1)
-    factors, ops = factors.to(x.device, non_blocking=True), (brightness, color, contrast)
+    levels = (2 * torch.rand(3, len(x), 1, 1, 1) - 1).to(x.device, non_blocking=True)
     for k in torch.randperm(3).tolist():
-        x = ops[k](x, factors[k])
+        x = enhance(x, levels[k], ("brightness", "color", "contrast")[k], jitter)
     return x
 
 
@@ -973,6 +1028,14 @@ def color_jitter(x, jitter):
 # A source is a function from settings to `Data`; a new one needs a line in SOURCES, at the end of
 # this section. Contours, clouds and a warped photograph are drawn from other numbers than maps:
 # from `params`. params + eps is a class, as with the fractal.
+
+def many_data(draw, args, texture=None, **omega):
+    """--categories, and --instances images of each: draw(categories (B,), instances (B,)) -> Data.
+    The label is the category."""
+    labels = torch.arange(args.categories).repeat_interleave(args.instances)
+    return Data(labels, lambda i: draw(i // args.instances, i % args.instances), args, texture,
+                **omega)
+
 
 def fractaldb_data(args):
     """Table 2. FractalDB: --categories random fractals of 2 to 7 maps, --instances images of each.
@@ -995,8 +1058,7 @@ def fractaldb_data(args):
     for n in range(24):
         weights[1 + n, n // 4] = (0.2, 0.6, 1.4, 1.8)[n % 4]
 
-    def draw(i):
-        category, instance = i // args.instances, i % args.instances
+    def draw(category, instance):
         maps = systems[category] * weights[instance % 25].view(-1, 1, 2, 3)
         probs = systems[category, ..., :2].det().abs()
         images = draw_ifs(maps.to(args.device), probs, args)
@@ -1004,8 +1066,7 @@ def fractaldb_data(args):
             images = torch.where(flip.to(args.device)[:, None, None], images.flip(axis), images)
         return images
 
-    labels = torch.arange(args.categories).repeat_interleave(args.instances)
-    return Data(labels, draw, args, args.texture, systems=systems)
+    return many_data(draw, args, args.texture, systems=systems)
 
 
 def cloud_data(args):
@@ -1095,17 +1156,16 @@ def contour_data(args):
     """
     numbers, background = {"rcdb": (rcdb, 255), "va": (visual_atom, 0)}[args.source]
 
-    def draw(pictures, device):
-        images = [draw_contour(*p, args.canvas, background) for p in pictures]
-        return torch.stack(images).to(device)
+    def draw(pictures):
+        images = [draw_contour(*picture, args.canvas, background) for picture in pictures]
+        return torch.stack(images).to(args.device)
 
-    def draw_instances(i):  # category * instances + instance
-        pairs = [divmod(k, args.instances) for k in i.tolist()]
-        return draw([numbers(args.fractal_seed, *pair) for pair in pairs], args.device)
+    def draw_many(categories, instances):
+        pairs = zip(categories.tolist(), instances.tolist())
+        return draw(numbers(args.fractal_seed, *pair) for pair in pairs)
 
     if args.categories > 1:
-        labels = torch.arange(args.categories).repeat_interleave(args.instances)
-        return Data(labels, draw_instances, args)
+        return many_data(draw_many, args)
     for category in itertools.count():
         offsets, centre, greys = numbers(args.fractal_seed, category, 0)
         image = draw_contour(offsets, centre, greys, 512, background)  # whatever the canvas is
@@ -1114,7 +1174,7 @@ def contour_data(args):
 
     def draw_scaled(params):  # (B, P)
         scales = params.cpu()[..., None, None].numpy()
-        return draw([(offsets * scale, centre, greys) for scale in scales], params.device)
+        return draw((offsets * scale, centre, greys) for scale in scales)
 
     return liep_data(torch.ones(len(greys)), draw_scaled, args, background=background,
                      category=category)
@@ -1163,8 +1223,6 @@ def warp_grid(kind, params, size):
 
 def image_data(args):
     """Tables 11, 12: one photograph (matplotlib's by default), or its edges, under L warps."""
-    if args.noise == "multiplicative" and args.warp == "elastic":
-        raise InputError("--noise multiplicative: cannot change --warp elastic, all zeros")
     file = args.image or cbook.get_sample_data("grace_hopper.jpg", asfileobj=False)
     with blaming(f"--image {file}"):
         image = square(read_image(file), args.canvas)
@@ -1180,21 +1238,19 @@ def image_data(args):
 
 
 def image_folder_data(args):
-    """Any images, one folder a class."""
-    folder = open_folder(args.root)
-    data = folder_data(folder, None, args)
-    note_images(args, folder, data)  # section D
-    return data
+    """Any images, one folder a class, in --root or in its train/."""
+    train = Path(args.root, "train")
+    return photographs(open_folder(train if train.is_dir() else args.root), None, args)  # section C
 
 
 LIEP = "delta L noise "  # flags of the sources that are perturbed
 MANY = "categories instances "  # of those that can have many categories
 SOURCES = {  # name: function, flags that have an effect on it
-    "fractal": (fractal_data, LIEP + MANY + "sigma num_maps fractal_seed canvas points texture"),
-    "rcdb": (contour_data, LIEP + MANY + "fractal_seed canvas"),
-    "va": (contour_data, LIEP + MANY + "fractal_seed canvas"),
-    "gaussian": (cloud_data, LIEP + "fractal_seed canvas points texture"),
-    "uniform": (cloud_data, LIEP + "fractal_seed canvas points texture"),
+    "fractal": (fractal_data, LIEP + MANY + "sigma num-maps fractal-seed canvas points texture"),
+    "rcdb": (contour_data, LIEP + MANY + "fractal-seed canvas"),
+    "va": (contour_data, LIEP + MANY + "fractal-seed canvas"),
+    "gaussian": (cloud_data, LIEP + "fractal-seed canvas points texture"),
+    "uniform": (cloud_data, LIEP + "fractal-seed canvas points texture"),
     "image": (image_data, LIEP + "canvas image edges warp"),
     "folder": (image_folder_data, "root"),
 }
@@ -1207,33 +1263,27 @@ def source_data(args):
 
 # ==== C · Downstream datasets: torchvision's by name, or a folder (for `finetune`) ================
 
-DATASETS = {  # name: torchvision's class, how it is asked for its test images
-    "cifar10": ("CIFAR10", dict(train=False)),
-    "cifar100": ("CIFAR100", dict(train=False)),
-    "stl10": ("STL10", dict(split="test")),
-    "dtd": ("DTD", dict(split="test")),
-    "food101": ("Food101", dict(split="test")),
-    "pets": ("OxfordIIITPet", dict(split="test")),
-    "aircraft": ("FGVCAircraft", dict(split="test")),
-}
+DATASETS = {  # name: torchvision's class
+    "cifar10": "CIFAR10", "cifar100": "CIFAR100", "stl10": "STL10", "dtd": "DTD",
+    "food101": "Food101", "pets": "OxfordIIITPet", "aircraft": "FGVCAircraft"}
+
+
+TURNS = {2: 0, 3: 3, 4: 1, 5: 5, 6: 4, 7: 6, 8: 2}  # EXIF's orientation: Pillow's Transpose
 
 
 def read_image(file):
-    """An image file as a PIL image in RGB, as a viewer shows it: upright by its EXIF tag, over
-    white where it is transparent, greys of any depth scaled; ValueError if they are negative or
-    above 16 bits. (`main` makes Pillow's warning of decompression bombs an error.)"""
-    if not Path(file).is_file():
-        raise ValueError("is no file")  # a pipe would wait for ever
+    """An image file in RGB as a viewer shows it: upright by its EXIF tag, over white where it is
+    transparent, 16 bits of grey as 8."""
     with Image.open(file) as image:
-        image = ImageOps.exif_transpose(image)
-        if image.mode[0] in "IF":  # 16 or 32 bits, or floats: no file says which is white
-            grey = np.asarray(image, np.float64)
-            if not (grey.min() >= 0 and grey.max() <= 65535):
-                raise ValueError(f"greys from {grey.min():g} to {grey.max():g}")
-            whites = 1.1, 255, 1023, 4095, 16383, 65535  # resampled floats pass 1 a little
-            white = math.floor(min(white for white in whites if grey.max() <= white))
-            image = Image.fromarray((grey * (255 / white) + 0.5).clip(0, 255).astype(np.uint8))
-        if image.has_transparency_data:
+        turn = None
+        with contextlib.suppress(Exception):  # broken tags
+            turn = TURNS.get(image.getexif().get(0x0112))
+        if turn is not None:
+            image = image.transpose(turn)
+        if image.mode[0] == "I":  # convert() would clip it at 255
+            grey = np.asarray(image) / 257 + 0.5
+            image = Image.fromarray(grey.clip(0, 255).astype(np.uint8))
+        if image.mode[-1] in "Aa" or "transparency" in image.info:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
         return image.convert("RGB")
@@ -1245,33 +1295,29 @@ def square(image, side):
 
 
 class Folder(torchvision.datasets.ImageFolder):
-    """One folder a class; hidden folders are none. left_out: the number of files that are no images
-    of a class."""
+    """One folder a class. Hidden files and folders and thumbnails are left out at any level."""
 
     def __init__(self, root):
-        def refuse(error):
-            raise error
-        found = 0
-        for path, _, files in os.walk(Path(root).resolve(), onerror=refuse, followlinks=True):
-            found += len(files)
-            if Path(path).is_symlink() and Path(path).resolve() in Path(path).parents:
-                raise ValueError(f"{path} links to a folder that it is in")
-        super().__init__(root, loader=read_image,  # macOS packs ._x.png beside each x.png
-                         is_valid_file=lambda file: not Path(file).name.startswith(".")
-                         and torchvision.datasets.folder.is_image_file(file))
-        self.left_out = found - len(self.samples)
+        def is_image(file):
+            parts = Path(file).relative_to(root).parts
+            return torchvision.datasets.folder.is_image_file(file) and not any(map(is_extra, parts))
+
+        super().__init__(root, loader=read_image, is_valid_file=is_image)
 
     def find_classes(self, directory):
-        names, _ = super().find_classes(directory)
-        names = [name for name in names if not name.startswith(".")]
-        parts = {"train", "training", "val", "valid", "validation", "test", "testing", "eval"}
-        if len(names) < 2 or len({name.lower() for name in names} & parts) > 1:
-            raise ValueError(f"need two or more folders, one a class, and not: {' '.join(names)}")
+        names = [name for name in super().find_classes(directory)[0] if not is_extra(name)]
+        if len(names) < 2:
+            raise ValueError(f"needs two folders or more, one a class, and has: {', '.join(names)}")
         return names, {name: k for k, name in enumerate(names)}
 
 
+def is_extra(name):
+    """Whether systems put it beside images: .ipynb_checkpoints, ._1.png, @eaDir, __MACOSX."""
+    return name.startswith((".", "@eaDir", "__MACOSX"))
+
+
 def open_folder(root):
-    """A folder of images, or one line that says what is wrong with it."""
+    """A torchvision dataset of the images in a folder, or one line that says what is wrong."""
     with blaming(f"--root {root}"):
         return Folder(root)
 
@@ -1280,21 +1326,15 @@ def open_datasets(args):
     """--data -> two torchvision datasets, to train and to test on, downloaded if they must be."""
     if args.data == "folder":
         test = "test" if Path(args.root, "test").is_dir() else "val"
-        if not (Path(args.root, "train").is_dir() and Path(args.root, test).is_dir()):
-            raise InputError(f"--root {args.root}: needs folders train/ and test/ (or val/), in "
-                             "each a folder for a class")
         sets = open_folder(f"{args.root}/train"), open_folder(f"{args.root}/{test}")
         if sets[0].classes != sets[1].classes:
             raise InputError(f"--root {args.root}: the classes of train/ and {test}/ differ")
         return sets
-    name, test = DATASETS[args.data]
-    make = functools.partial(getattr(torchvision.datasets, name), args.root)
-    with blaming(f"--data {args.data}: is not in --root {args.root} and cannot be downloaded; put "
-                 "it there, or use --data folder"):
-        try:
-            return make(), make(**test)
-        except RuntimeError:
-            return make(download=True), make(**test, download=True)
+    dataset = getattr(torchvision.datasets, DATASETS[args.data])
+    test = dict(train=False) if args.data.startswith("cifar") else dict(split="test")
+    with blaming(f"--data {args.data}: neither whole in --root {args.root} nor downloaded (if a "
+                 "download was interrupted, remove what it has left)"):
+        return dataset(args.root, download=True), dataset(args.root, download=True, **test)
 
 
 def labels_of(dataset):
@@ -1303,24 +1343,23 @@ def labels_of(dataset):
     return torch.as_tensor(getattr(dataset, name)).long()
 
 
-def read(dataset, k):
+def read(dataset, k, args):
     """Image k of a torchvision dataset, in RGB."""
-    file = dataset.samples[k][0] if isinstance(dataset, Folder) else f"image {k}"
-    with blaming(f"--root: cannot read {file}"):
+    file = (dataset.samples[k][0] if isinstance(dataset, Folder)
+            else f"image {k} (if a download was interrupted, remove what it has left)")
+    with blaming(f"--root {args.root}: cannot read {file}"):
         return dataset[k][0].convert("RGB")
 
 
-def pixel_key(image):
-    """A number that depends on the pixels alone, not on the name or format of a file."""
-    return zlib.crc32(image.tobytes(), zlib.crc32(repr(image.size).encode()))
-
-
-def order_by_pixels(dataset):
+def order_by_pixels(dataset, args):
     """A permutation (n,) of a dataset's images that all copies of the dataset share, whatever the
     files are called and in which order they come."""
+    def key(k):
+        image = read(dataset, k, args)
+        return zlib.crc32(image.tobytes(), zlib.crc32(repr(image.size).encode()))
+
     with ThreadPoolExecutor() as pool:
-        keys = list(pool.map(lambda k: pixel_key(read(dataset, k)), range(len(dataset))))
-    return torch.tensor(keys).argsort()
+        return torch.tensor(list(pool.map(key, range(len(dataset))))).argsort()
 
 
 def balanced_subset(labels, order, per_class=None, holdout=0.0):
@@ -1333,71 +1372,52 @@ def balanced_subset(labels, order, per_class=None, holdout=0.0):
     for label in labels.unique():
         members = order[labels[order] == label][:per_class]
         if per_class and len(members) < per_class:
-            raise InputError(f"--train-per-class {per_class}: class {label} has {len(members)}")
+            raise InputError(f"--train-per-class {per_class}: class {label} has only "
+                             f"{len(members)} images; give a smaller one")
         cut = min(round(holdout * len(members)), len(members) - 1)
         held.append(members[:cut])
         chosen.append(members[cut:])
     return torch.cat(chosen), torch.cat(held)
 
 
-def folder_data(dataset, chosen, args):
-    """Chosen images of a torchvision dataset (None: all) -> Data, with a fingerprint.
+def photographs(dataset, chosen, args):
+    """Images of a torchvision dataset (chosen: their indices, None: all) -> Data. They are cropped
+    to squares of 8/7 of img_size (256 for 224), but small squares, as the first image tells, stay
+    as they are. Threads read them."""
+    labels, pool = labels_of(dataset), ThreadPoolExecutor()
+    chosen = torch.arange(len(labels)) if chosen is None else chosen
+    width, height = read(dataset, 0, args).size
+    side = min(args.img_size * 8 // 7, width if width == height else math.inf)
 
-    If they are small squares of one size (sixteen are looked at) they stay as they are. Else they
-    are resized and cropped to 8/7 of img_size (256 for 224). Threads read them. The fingerprint is
-    of all labels and pixels, in whatever order; above 6 GiB of the pixels of sixteen at most.
-    """
-    chosen = torch.arange(len(dataset)) if chosen is None else chosen
-    pool, keys = ThreadPoolExecutor(), torch.zeros(len(chosen), dtype=torch.long)
-
-    def read_square(n):
-        image = read(dataset, int(chosen[n]))
-        keys[n] = pixel_key(image)
-        return square(image, side)
+    def read_square(k):
+        return square(read(dataset, k, args), side)
 
     def draw(i):
-        return torch.stack(list(pool.map(read_square, i.tolist()))).to(args.device)
+        return torch.stack([*pool.map(read_square, chosen[i].tolist())]).to(args.device)
 
-    sixteen = range(0, len(chosen), -(-len(chosen) // 16))
-    sides = {n for k in sixteen for n in read(dataset, int(chosen[k])).size}
-    side = args.img_size * 8 // 7
-    if len(sides) == 1:
-        side = min(side, *sides)
-    data = Data(labels_of(dataset)[chosen], draw, args)
-    if data.images is None:  # memory cannot keep them now; if they are few, it may when resumed
-        few = len(chosen) * 3 * side ** 2 <= MOST_MEMORY
-        list(pool.map(read_square, range(len(chosen)) if few else sixteen))
-    pairs = (data.labels.cpu() * 2 ** 32 + keys).sort().values
-    data.fingerprint = zlib.crc32(pairs.numpy().tobytes())
+    data = Data(labels[chosen], draw, args)
+    data.classes = list(dataset.classes)
     return data
 
 
 def downstream_data(args):
-    """Training and test images of --data, with its subset and split, and the number of classes."""
+    """--data -> images to train on, images to test on."""
     for lead in (True, False):  # the lead downloads first
         if lead == args.lead:
             train, test = open_datasets(args)
-        if args.world > 1:
+        if args.world_size > 1:
             torch.distributed.barrier()
     labels = labels_of(train)
     some = args.train_per_class or args.holdout
-    order = order_by_pixels(train) if some else torch.arange(len(labels))
+    order = order_by_pixels(train, args) if some else torch.arange(len(labels))
     chosen, held = balanced_subset(labels, order, args.train_per_class, args.holdout)
     if args.holdout and not len(held):
         raise InputError(f"--holdout {args.holdout}: leaves no images to test on")
-    if args.batch_size > len(chosen):
-        raise InputError(f"--batch-size {args.batch_size}: there are only {len(chosen)} images to "
-                         "train on; give a smaller one")
-    tests = folder_data(train, held, args) if args.holdout else folder_data(test, None, args)
-    data = folder_data(train, chosen, args)
-    note_images(args, train, data, tests)  # section D
-    return data, tests, int(labels.max()) + 1
+    data = photographs(train, chosen, args)
+    return data, photographs(train, held, args) if args.holdout else photographs(test, None, args)
 
 
-# ==== D · Runs: errors of one line, folder, log, checkpoint, resume, ranks (for every command) ====
-#
-# What others wrote (checkpoints, images, folders, downloads) passes one boundary, `blaming`: all
-# that goes wrong inside it becomes one line that names the flag to look at.
+# ==== D · Runs: errors, folder, log, checkpoint, signals, ranks (for every command) ===============
 
 class InputError(Exception):
     """A mistake in the input. main() prints its one line and exits with status 2."""
@@ -1408,362 +1428,206 @@ def blaming(what):
     """Whatever goes wrong inside becomes an InputError of one line: what, and the reason."""
     try:
         yield
+    except InputError:
+        raise
     except Exception as error:
-        if isinstance(error, InputError) or memory_is_full(error):
-            raise
-        kind = "" if type(error) is ValueError else f"{type(error).__name__}, "
-        raise InputError(f"{what}: {kind}{' '.join(str(error).split())[:200]}") from error
+        kind = "" if type(error) is ValueError else f"{type(error).__name__} "
+        raise InputError(f"{what}: {kind}{str(error)[:300]}") from error
 
 
-def memory_is_full(error):
-    """Whether an exception says so, of a GPU or a CPU."""
-    full = isinstance(error, (torch.OutOfMemoryError, MemoryError))
-    return full or "allocate memory" in str(error)  # torch, of a CPU's memory
-
-
-def say(text, end="\n", file=None):
-    """Print. A reader that is gone (`| head`, Ctrl-C in `| tee`) must not end a run."""
-    file = file or sys.stdout
+def say(text):
+    """Print. A reader that is gone (Ctrl-C in `| tee`) must not end a run."""
     try:
-        print(text, end=end, file=file, flush=True)
-    except UnicodeEncodeError:  # a name that the terminal cannot show
-        print(ascii(text), end=end, file=file, flush=True)
+        print(text, flush=True)
     except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), file.fileno())
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def replace_file(path, data):
+def replace_file(path, content):
     """Write a file beside it, flush to disk, rename: at any moment there is one whole file."""
     part = Path(f"{path}.part")
-    try:
-        with open(part, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-    except OSError:  # a full disk
-        part.unlink(missing_ok=True)
-        raise
+    with open(part, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
     os.replace(part, path)
 
 
-def write_json(path, content):
-    """Plain values and tensors, these as lists, into a file that is whole at any moment."""
-    replace_file(path, (json.dumps(content, default=torch.Tensor.tolist) + "\n").encode())
+def to_json(content):
+    """Plain values and tensors, these as lists."""
+    return json.dumps(content, default=torch.Tensor.tolist)
 
 
-def load_file(path, flag):
-    """What torch.save wrote into a file; code in it is never run. Else an InputError says what it
-    is."""
-    with blaming(f"{flag} {path}"), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the error says it in one line
-        if not Path(path).is_file():
-            raise ValueError("there is no such file")
-        with open(path, "rb") as file:
-            start = file.read(100)
-        if not start:
-            raise ValueError("the file is empty")
-        if start.startswith(b"version https://git-lfs"):
-            raise ValueError("this is a pointer of Git LFS; `git lfs pull` fetches the file")
-        if zipfile.is_zipfile(path):
-            archive = zipfile.ZipFile(path)
-            checksums = any(part.CRC for part in archive.infolist())  # torch can leave them out
-            if checksums and archive.testzip():
-                raise ValueError("a checksum is wrong")  # torch.load compares none
+def load_file(path):
+    """The dict that torch.save wrote. Code in a file is never run, so it may hold no objects."""
+    if not Path(path).is_file():
+        raise ValueError("there is no such file")
+    with torch.serialization.safe_globals([argparse.Namespace]):  # in the authors' files
         try:
-            with torch.serialization.safe_globals([argparse.Namespace]):  # in the authors' files
-                return torch.load(path, map_location="cpu", weights_only=True)
+            saved = torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:
-            names = re.findall(r"GLOBAL ([\w.]+)", str(error))
-            raise ValueError(f"has a Python object ({names[0]}), which is not loaded, as that can "
-                             "run code; save the state dict alone" if names
-                             else "is no file that torch.save wrote, or is spoilt") from None
+            raise ValueError("no whole file from torch.save, or more than a state dict in it: save "
+                             "that") from error
+    if not isinstance(saved, dict):
+        raise ValueError(f"holds no weights by their names, but one {type(saved).__name__}")
+    return saved
 
 
 def load_weights(model, path):
     """Copy a checkpoint into a ViT, all but the head; position embeddings are interpolated. Files
     of ours, the authors, timm and Lightning fit, of compiled and of parallel networks too."""
-    own, state = model.state_dict(), load_file(path, "--ckpt")
+    own = model.state_dict()
     with blaming(f"--ckpt {path}"):
+        saved = load_file(path)
         for key in ("model", "state_dict", "model_state_dict"):
-            if isinstance(state, dict) and isinstance(state.get(key), dict):
-                state = state[key]
-        if not isinstance(state, dict):
-            raise ValueError(f"holds no weights by their names, but one {type(state).__name__}")
-        state = {re.sub(r"^((module|_orig_mod|model)\.)+", "", str(k)): t for k, t in state.items()}
+            saved = saved[key] if isinstance(saved.get(key), dict) else saved
+        state = {  # without what is counted in whole numbers: n_averaged, num_batches_tracked
+            re.sub(r"^((module|_orig_mod|model)\.)+", "", str(name)): t
+            for name, t in saved.items() if torch.is_tensor(t) and t.is_floating_point()}
         if "pos_embed" not in state:
-            raise ValueError(f"holds no Vision Transformer; its keys: {', '.join(state)}")
+            raise ValueError(f"holds no Vision Transformer, but {', '.join(map(str, saved))}")
+        if not all(t.isfinite().all() for t in state.values()):
+            raise ValueError("a weight is not finite")
     with blaming(f"--ckpt {path}: does not fit --model and --patch-size"):
         pos = state["pos_embed"].float()
         new, old = (math.isqrt(p.shape[1] - 1) for p in (own["pos_embed"], pos))
         grid = pos[:, 1:].view(1, old, old, -1).permute(0, 3, 1, 2)  # (1, D, old, old)
         grid = F.interpolate(grid, size=(new, new), mode="bicubic", antialias=True)
         state["pos_embed"] = torch.cat([pos[:, :1], grid.flatten(2).transpose(1, 2)], 1)
-        state |= {name: own[name] for name in ("head.weight", "head.bias")}
-        bad = [name for name, t in state.items() if not (torch.is_tensor(t) and t.isfinite().all()
-                                                         and t.is_floating_point())]
-        if bad:
-            raise ValueError(f"not finite numbers: {', '.join(bad)}")
-        model.load_state_dict(state)
+        model.load_state_dict(state | {name: own[name] for name in ("head.weight", "head.bias")})
 
 
-@blaming("WORLD_SIZE: start it by torchrun")
-def join_ranks(args):
-    """Read torchrun's environment. With several ranks, meet the others (nccl, or gloo)."""
-    args.rank, args.world = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1)))
-    args.lead = args.rank == 0  # the lead writes and prints
-    if not 0 <= args.rank < args.world:
-        raise ValueError(f"RANK is {args.rank} of {args.world}")
-    if args.world == 1:
-        return
-    if args.command == "render" or args.batch_size % args.world:
-        raise InputError("--batch-size: a multiple of the processes, of pretrain or finetune")
-    if args.device == "cuda":
-        args.device = f"cuda:{os.environ['LOCAL_RANK']}"
-        torch.cuda.set_device(args.device)
-    torch.distributed.init_process_group("gloo" if args.device == "cpu" else "cpu:gloo,cuda:nccl")
+def machine(args):
+    """What a result may depend on besides its settings, as a record."""
+    commit, cuda = None, args.device.startswith("cuda")
+    with contextlib.suppress(NameError, OSError, subprocess.CalledProcessError):
+        here = Path(__file__).parent  # in a notebook's cell: a NameError
+        commit = subprocess.check_output(["git", "-C", here, "describe", "--always", "--dirty"],
+                                         stderr=subprocess.DEVNULL, text=True).strip()
+    processor = torch.cuda.get_device_name() if cuda else torch.backends.cpu.get_cpu_capability()
+    return dict(commit=commit, torch=torch.__version__, processor=processor,
+                threads=torch.get_num_threads())
 
 
-def over_ranks(x, args):
-    """The sum of x over all ranks."""
-    if args.world > 1:
-        torch.distributed.all_reduce(x)
-    return x
-
-
-def accelerate(model, args):
-    """The network that is trained: DistributedDataParallel with several ranks, and compiled on a
-    GPU if that works on one batch."""
-    network = nn.parallel.DistributedDataParallel(model) if args.world > 1 else model
-    if args.device.startswith("cuda"):
-        compiled = torch.compile(network)
-        shape = args.batch_size // args.world, 3, args.img_size, args.img_size
-        try:
-            predict(compiled, torch.zeros(shape, device=args.device), args).sum().backward()
-            network = compiled
-        except torch.OutOfMemoryError:
-            raise
-        except Exception as error:  # no Triton, no C compiler
-            say(f"onepfrac: not compiled: {' '.join(str(error).split())[:200]}", file=sys.stderr)
-        model.zero_grad()
-        if isinstance(model, Probe):
-            model.normalise.reset_running_stats()  # of the zeros
-    return network
-
-
-@contextlib.contextmanager
-def claimed(folder):
-    """Make a folder, and lock it until the end, or until this process ends in whatever way."""
-    folder.mkdir(parents=True, exist_ok=True)
-    try:
-        import fcntl
-    except ImportError:  # Windows
-        yield
-        return
-    claim = os.open(folder, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(claim, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise InputError(f"--out {folder}: another process is at work in it") from None
-        except OSError:  # a file system without locks
-            pass
-        yield
-    finally:
-        os.close(claim)
-
-
-@contextlib.contextmanager
-def open_run(args):
-    """The folder of a run, for this process and its ranks alone. A new run writes its settings to
-    args.json: they are all that `resume` needs besides last.pt. No run is overwritten."""
-    out = Path(args.out)
-    with claimed(out) if args.lead else contextlib.nullcontext():
-        if args.lead and not args.resume:
-            if any((out / name).exists() for name in ("last.pt", "curve.png")):
-                raise InputError(f"--out {out}: holds a run; give another --out, or `resume {out}`")
-            gpu = torch.cuda.get_device_name() if args.device.startswith("cuda") else None
-            settings = {k: v for k, v in vars(args).items() if k not in ("resume", "rank", "lead")}
-            write_json(out / "args.json", settings | dict(
-                processor=gpu or torch.backends.cpu.get_cpu_capability(), commit=git_commit(),
-                torch=torch.__version__, threads=torch.get_num_threads()))
-        yield
-
-
-def note_images(args, dataset, *sets):
-    """Print and record which images a run trains and tests on. A resumed run must find the same."""
-    counts = " + ".join(f"{len(data):,}" for data in sets)
-    fingerprint = zlib.crc32(repr([data.fingerprint for data in sets]).encode())
-    text = f"{len(dataset.classes)} classes, {counts} images, fingerprint {fingerprint:08x}"
-    if not args.lead:
-        return
-    left_out = getattr(dataset, "left_out", 0)
-    say(text + f" ({left_out} files left out: no images, or of no class)" * (left_out > 0))
-    with blaming(f"resume {args.out}: args.json"):
-        file = Path(args.out) / "args.json"
-        saved = json.loads(file.read_text())
-        if args.resume and saved["images"] != text:
-            raise InputError(f"resume {args.out}: these are other images. Then: {saved['images']}. "
-                             f"Now: {text}")
-        write_json(file, saved | dict(images=text, classes=list(dataset.classes)))
-
-
-MOST_MEMORY = 6 * 2 ** 30  # bytes of images that are kept
-
-
-def memory_for_images(device):
-    """How many bytes of images may be kept: half of what is free, MOST_MEMORY at most."""
-    if torch.device(device).type == "cuda":
-        free = torch.cuda.mem_get_info(device)[0]
-    else:
-        free = 2 ** 34  # where it is not told
-        with contextlib.suppress(OSError, ValueError):
-            [available] = re.findall(r"MemAvailable: *(\d+)", Path("/proc/meminfo").read_text())
-            free = 1024 * int(available) // max(1, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-    return min(MOST_MEMORY, free // 2)
-
-
-def git_commit():
-    """The commit of this file, or None."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
-    with contextlib.suppress(OSError, subprocess.CalledProcessError):  # no git, no repository
-        return subprocess.check_output(command, stderr=subprocess.DEVNULL, text=True).strip()
+# Settings that may change when a run goes on: where it is and runs, how often it reports, saves and
+# tests. (The images are compared themselves, in `begin`.)
+FREE = {*"out root image device compile rank lead log_every save_every eval_epochs".split()}
 
 
 class Run:
-    """A training run: what it prints, its log.jsonl, its last.pt, and a stop by a signal."""
+    """A training in its folder. A checkpoint, last.pt, makes the folder a run's: the same command
+    goes on from there, another one is refused. Before the first checkpoint any command may begin.
+    Beside it are args.json (the settings, for people), log.jsonl, and the pictures."""
 
-    def __init__(self, args, model, optimizer, steps):
-        self.args, self.model, self.optimizer, self.steps = args, model, optimizer, steps
-        self.out, self.live = Path(args.out), sys.stdout is not None and sys.stdout.isatty()
-        self.signal, self.handlers = None, {}
-        self.step, self.seconds, self.log = 0, 0.0, []
+    def __init__(self, args):
+        self.args, self.out, self.last = args, Path(args.out), Path(args.out, "last.pt")
+        self.step, self.log, self.settings, self.saved = 0, [], {}, None
         self.sums = torch.zeros(3, device=args.device)  # loss, right, steps since the last line
-        if args.resume:
-            self.load(self.out / "last.pt")
-        if args.lead:
-            millions = sum(p.numel() for p in model.parameters()) / 1e6
-            small = args.recipe == "nano" and args.device != "cpu"
-            say(f"recipe {args.recipe}: {args.model} ({millions:.1f}M parameters), {args.device} "
-                f"x{args.world}, {args.precision}, {steps} steps of {args.batch_size}"
-                + f", from step {self.step}" * args.resume
-                + small * "; for a GPU there is --recipe small")
-        self.tick, self.ticked = time.perf_counter(), self.step
-        self.write_log()
+        ended = False
+        with blaming(f"--out {args.out}: cannot go on from its last.pt; give another --out"):
+            if self.last.exists():
+                self.saved = load_file(self.last)
+                self.settings, self.log = dict(self.saved["args"]), list(self.saved["log"])
+                self.step = int(self.saved["step"])
+                ended = self.step == int(self.saved["steps"])
+            self.agree(vars(args), FREE - {"root", "image"} if ended else FREE)
+        if ended:
+            self.say(f"onepfrac: --out {args.out}: this run has ended; give another --out")
+            sys.exit()
+        self.say(f"recipe {args.recipe}: {args.model}, {args.device} x{args.world_size}, "
+                 f"{args.precision}, in {args.out}; first the images are drawn or read")
 
-    def load(self, last):
-        """Take over a checkpoint. All of it is consumed here, inside one boundary."""
-        saved = load_file(last, "resume")
-        with blaming(f"resume: {last} is no run of this version; --ckpt starts from its weights"):
-            if not all(t.isfinite().all() for t in saved["model"].values()):
-                raise ValueError("a weight is not finite")
-            place = ("out", "root", "device", "resume", "rank", "lead")
-            other = [name for name, value in vars(self.args).items()
-                     if name not in place and value != saved["args"].get(name)]
-            if other or not 0 <= saved["step"] <= self.steps:
-                raise ValueError(f"its {', '.join(other) or 'step'} is not that of args.json")
-            self.step, self.seconds = int(saved["step"]), float(saved["seconds"])
-            self.log = [dict(r, step=int(r["step"]), images=int(r["images"])) for r in saved["log"]]
-            json.dumps(self.log)  # plain values, or an error
-            self.sums.copy_(saved["sums"])
-            self.model.load_state_dict(saved["model"])
-            state, optimizer = saved["optimizer"]["state"], self.optimizer
-            optimizer.load_state_dict(optimizer.state_dict() | dict(state=state))
-            for p, moments in optimizer.state.items():
-                for moment in moments.values():
-                    if moment.shape not in (p.shape, ()) or not moment.isfinite().all():
-                        raise ValueError("the optimizer state is of other weights")
+    def say(self, text):
+        if self.args.lead:
+            say(text)
 
-    def __enter__(self):
-        """A signal is noted for the end of the step. A second one acts at once. (With several ranks
-        signals end the processes, and the last checkpoint counts.)"""
-        def note(number, frame):
-            self.signal = number
-            signal.signal(number, self.handlers[number])
+    def agree(self, known, free=()):
+        """Note what is known of this run. InputError if the run in the folder differs."""
+        differ = [f"{name} {self.settings[name]}, not {value}" for name, value in known.items()
+                  if name not in free and self.settings.get(name, value) != value]
+        if differ:
+            raise InputError(f"--out {self.args.out}: holds a run with {'; '.join(differ)}; "
+                             "give another --out")
+        self.settings.update(known)
 
-        for name in ("SIGINT", "SIGTERM", "SIGHUP") if self.args.world == 1 else ():
-            number = getattr(signal, name, None)  # Windows has no SIGHUP
-            if number and signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
-                self.handlers[number] = signal.signal(number, note) or signal.SIG_DFL
-        return self
-
-    def __exit__(self, kind, *_):
-        for number, handler in self.handlers.items():
-            signal.signal(number, handler)
-        if self.live and self.args.lead:
-            say("")
-        if kind is InputError:  # an image cannot be read
-            self.save()
-        if self.args.lead and kind is None:
-            self.save_curve()
+    def begin(self, model, optimizer, steps, data, tests):
+        """Take over the checkpoint, if there is one. Write what is known before the first step."""
+        self.model, self.optimizer, self.steps = model, optimizer, steps
+        images = [f"{len(some)} ({some.fingerprint})" for some in (data, tests) if some]
+        self.agree({f"images_{self.args.device[:4]}": images})  # a GPU may draw them otherwise
+        if self.saved:
+            with blaming(f"--out {self.args.out}: cannot go on from its last.pt; give another"):
+                model.load_state_dict(self.saved["model"])
+                optimizer.load_state_dict(self.saved["optimizer"])
+        self.tick = time.time()
+        self.start = self.tick - (self.log[-1]["seconds"] if self.log else 0)
+        if self.args.lead:
+            self.out.mkdir(parents=True, exist_ok=True)
+            record = self.settings | dict(classes=data.classes) | machine(self.args)
+            replace_file(self.out / "args.json", to_json(record).encode())
+            if data.omega:
+                (self.out / "omega.json").write_text(to_json(data.omega))
+            self.write_log(self.log, "w")  # without lines that came after the checkpoint
+        self.say(f"{' + '.join(images)} images, steps {self.step} to {steps} of "
+                 f"{self.args.batch_size}")
 
     def due(self, every):
-        """Is it time for what happens at every so many steps, and at the end?"""
-        return self.step % every == 0 or self.step == self.steps
+        """Is it time for what happens every so many steps, which may be a fraction, and at the
+        end?"""
+        return self.step % every < 1 or self.step == self.steps
 
     def count(self, loss, logits, target):
-        """A step is done. Nothing here waits for a GPU."""
+        """Add a step to the means of the next line. Nothing here waits for a GPU."""
         right = (logits.argmax(1) == target.argmax(1)).float().mean()
         self.sums += torch.stack([loss, right, torch.ones_like(loss)])
-        self.step += 1
-
-    def report(self, text, **numbers):
-        """Add a line to the log and print it; on a terminal a training line updates in place."""
-        now, images = time.perf_counter(), self.step * self.args.batch_size
-        self.seconds, self.tick, self.ticked = self.seconds + now - self.tick, now, self.step
-        self.log.append(dict(step=self.step, images=images, seconds=round(self.seconds, 1),
-                             **numbers))
-        self.write_log()
-        if self.args.lead:
-            text = f"step {self.step}/{self.steps}  {text}"
-            width = shutil.get_terminal_size().columns - 1
-            say(f"\r{text[:width]:<{width}}" if self.live else text,
-                end="" if self.live and "loss" in numbers else "\n")
-
-    def write_log(self):
-        if self.args.lead:
-            (self.out / "log.jsonl").write_text("".join(json.dumps(r) + "\n" for r in self.log))
 
     def log_training(self, rate):
         """Mean loss and accuracy of the whole batch, and speed, since the last line."""
-        loss, right, steps = over_ranks(self.sums.clone(), self.args).tolist()
-        if not math.isfinite(loss):
-            self.refuse()
+        loss, right, steps = over_ranks(self.sums, self.args).tolist()
+        self.refuse_infinite(self.sums)
+        speed = steps / self.args.world_size * self.args.batch_size / (time.time() - self.tick)
+        left = (self.steps - self.step) * self.args.batch_size / speed / 60
+        self.report(loss=loss / steps, top1=100 * right / steps, lr=rate, images_per_s=speed,
+                    minutes_left=left)
         self.sums.zero_()
-        loss, top1, batch = loss / steps, 100 * right / steps, self.args.batch_size
-        speed = (self.step - self.ticked) * batch / (time.perf_counter() - self.tick)
-        left = int((self.steps - self.step) * batch / speed)
-        self.report(f"loss {loss:.3f}  top-1 {top1:.1f}%  lr {rate:.2e}  {speed:.0f} images/s  "
-                    f"{left // 60}:{left % 60:02d} left", loss=loss, top1=top1, lr=rate,
-                    images_per_s=round(speed, 1))
 
-    def misses_test(self, every):
-        """Did the run end before the test of this step, as an image could not be read?"""
-        tested = [record["step"] for record in self.log if "test_top1" in record]
-        return self.step > 0 and self.due(every) and self.step not in tested
+    def report(self, **numbers):
+        """A line of the log, printed and written."""
+        self.tick, images = time.time(), self.step * self.args.batch_size
+        self.log.append(dict(step=self.step, images=images,
+                             seconds=round(self.tick - self.start, 1), **numbers))
+        if self.args.lead:
+            self.write_log(self.log[-1:], "a")
+        text = "".join(f"  {name} {value:.4g}" for name, value in numbers.items())
+        self.say(f"step {self.step}/{self.steps}{text}")
 
-    def log_test(self, top1):
-        self.report(f"test top-1 {top1:.2f}%", test_top1=top1)
+    def write_log(self, records, mode):
+        with open(self.out / "log.jsonl", mode) as file:
+            file.writelines(json.dumps(record) + "\n" for record in records)
 
-    def refuse(self):
-        raise InputError(f"--lr {self.args.lr}: the loss or a weight at step {self.step} is not "
-                         "finite, nothing is saved; lower --lr or --weight-decay")
+    def refuse_infinite(self, *tensors):
+        """InputError unless all numbers are finite. The folder is then free for another --lr."""
+        if not all(t.isfinite().all() for t in tensors):
+            kept = ""
+            if self.args.lead and self.last.exists():
+                os.replace(self.last, self.out / "finite.pt")
+                kept = f"; the last weights that were saved are in {self.out / 'finite.pt'}"
+            raise InputError(f"--lr {self.args.lr}: the loss or a weight is not finite at step "
+                             f"{self.step}; give a lower one{kept}")
 
     def save(self):
-        """last.pt, if all weights are finite."""
-        if not (self.sums.sum() + sum(p.sum() for p in self.model.parameters())).isfinite():
-            self.refuse()
+        """Write last.pt, from which the run can go on."""
+        self.refuse_infinite(*self.model.parameters())
         if self.args.lead:
             file = io.BytesIO()
-            torch.save(dict(
-                args=vars(self.args), step=self.step, log=self.log, sums=self.sums.cpu(),
-                seconds=self.seconds + time.perf_counter() - self.tick,
-                model=self.model.state_dict(), optimizer=self.optimizer.state_dict()), file)
-            replace_file(self.out / "last.pt", file.getbuffer())
+            torch.save(dict(args=self.settings, step=self.step, steps=self.steps, log=self.log,
+                            model=self.model.state_dict(),
+                            optimizer=self.optimizer.state_dict()), file)
+            replace_file(self.last, file.getbuffer())
 
-    def stop(self):
-        say(f"onepfrac: stopped after step {self.step} of {self.steps}; "
-            f"`python onepfrac.py resume {self.out}` continues", file=sys.stderr)
-        raise SystemExit(128 + self.signal)  # as shells expect
+    def stop(self, signals):
+        self.say(f"onepfrac: saved step {self.step} of {self.steps}; the same command goes on")
+        sys.exit(128 + signals[0][0])  # as shells expect
 
     def save_samples(self, x, augment):
         """samples.png: what the network sees, the first images of a batch (B, 3, S, S)."""
@@ -1773,14 +1637,71 @@ class Run:
             torchvision.utils.save_image(x, self.out / "samples.png")
 
     def save_curve(self):
-        """curve.png: the loss, and test accuracy if any, over the images seen."""
-        names = ["loss"] + ["test_top1"] * any("test_top1" in r for r in self.log)
-        figure = Figure(figsize=(6, 3 * len(names)), layout="constrained")
-        for axis, name in zip(figure.subplots(len(names), squeeze=False)[:, 0], names):
-            records = [r for r in self.log if name in r]
-            axis.plot([r["images"] for r in records], [r[name] for r in records])
-            axis.set(xlabel="images seen", ylabel=name)
+        """curve.png: accuracy on the batches, and on the test images if any."""
+        if not self.args.lead:
+            return
+        figure = Figure(layout="constrained")
+        axis = figure.subplots()
+        for name in ("top1", "test_top1"):
+            records = [record for record in self.log if name in record]
+            axis.plot([r["images"] for r in records], [r[name] for r in records], label=name)
+        axis.set(xlabel="images seen", ylabel="accuracy in percent")
+        axis.legend()
         figure.savefig(self.out / "curve.png", dpi=120)
+
+
+@contextlib.contextmanager
+def noted_signals(args):
+    """Ctrl-C, `kill` and the end of a terminal are noted in a list, as (number, time), for the end
+    of a step. One wish to stop may come twice at once (from `uv run`, SLURM, systemd), so only a
+    Ctrl-C a second after the first signal acts at once. (With several ranks they end the processes;
+    the last checkpoint counts.)"""
+    signals, before = [], {}
+
+    def note(number, frame):
+        signals.append((number, time.monotonic()))
+        if number == signal.SIGINT and signals[-1][1] > signals[0][1] + 1:
+            raise KeyboardInterrupt
+
+    for name in ("SIGINT", "SIGTERM", "SIGHUP") if args.world_size == 1 else ():
+        number = getattr(signal, name, None)  # Windows has no SIGHUP
+        if number and signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
+            before[number] = signal.signal(number, note) or signal.SIG_DFL
+    try:
+        yield signals
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@blaming("WORLD_SIZE, RANK: start several processes by torchrun")
+def join_ranks(args):
+    """Several processes, started by torchrun, share each batch. The lead writes and prints."""
+    args.rank, args.world_size = 0, int(os.environ.get("WORLD_SIZE", 1))
+    if args.world_size > 1:
+        alone = args.command == "render" or args.command == "finetune" and args.probe
+        if alone or args.batch_size % args.world_size:
+            raise InputError("several processes: for pretrain and finetune without --probe, with a "
+                             "--batch-size that is a multiple of them")
+        args.rank = int(os.environ["RANK"])
+        if args.device == "cuda":
+            args.device = f"cuda:{os.environ['LOCAL_RANK']}"
+            torch.cuda.set_device(args.device)
+        torch.distributed.init_process_group()
+    args.lead = args.rank == 0
+
+
+def over_ranks(x, args):
+    """x becomes its sum over all ranks."""
+    if args.world_size > 1:
+        torch.distributed.all_reduce(x)
+    return x
+
+
+def accelerate(model, args):
+    """The network that is trained: parallel with several ranks, compiled on a GPU."""
+    network = nn.parallel.DistributedDataParallel(model) if args.world_size > 1 else model
+    return torch.compile(network) if args.compile and args.device != "cpu" else network
 
 
 # ==== E · Muon, linear probe, render ==============================================================
@@ -1807,20 +1728,16 @@ class Muon(torch.optim.AdamW):
         super().step()  # passes over parameters without a gradient
 
     def move(self, matrices, lr, weight_decay, muon_dtype, momentum=0.95, **_):
-        """One step of n matrices of one shape, all at once, since many small operations are slow.
-        (torch._foreach_x_ does x_ to each tensor of a list.)"""
-        for p in matrices:
-            if "momentum_buffer" not in self.state[p]:  # AdamW looks for "step" in what it loads
-                self.state[p] = dict(step=torch.tensor(0.0), momentum_buffer=torch.zeros_like(p))
-        buffers = [self.state[p]["momentum_buffer"] for p in matrices]
-        grads = [p.grad for p in matrices]
-        torch._foreach_lerp_(buffers, grads, 1 - momentum)
-        updates = torch._foreach_lerp(grads, buffers, momentum)  # Nesterov
-        updates = orthogonalise(torch.stack(updates).to(muon_dtype)).to(matrices[0].dtype)
+        """One step of n matrices of one shape, all at once."""
+        state, grads = self.state[matrices[0]], torch.stack([p.grad for p in matrices])
+        if not state:  # of all n; AdamW looks for "step" in what it loads
+            state.update(step=torch.tensor(0.0), momentum_buffer=torch.zeros_like(grads))
+        buffers = state["momentum_buffer"].lerp_(grads, 1 - momentum)
+        updates = grads.lerp(buffers, momentum)  # Nesterov
+        updates = orthogonalise(updates.to(muon_dtype)).to(grads.dtype)
         size = 0.2 * max(matrices[0].shape) ** 0.5  # the root mean square of an update is 0.2
-        torch._foreach_mul_(matrices, 1 - lr * weight_decay)
-        torch._foreach_sub_(matrices, updates.unbind(), alpha=lr * size)
-        for p in matrices:
+        for p, update in zip(matrices, updates):
+            p.mul_(1 - lr * weight_decay).sub_(update, alpha=lr * size)
             p.grad = None
 
 
@@ -1829,7 +1746,7 @@ def orthogonalise(x, steps=5):
     and Schulz: x -> a x + b (x x^T) x + c (x x^T)^2 x, with Jordan's a, b, c."""
     wide = x if x.shape[1] <= x.shape[2] else x.mT
     wide = wide / wide.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
-    for _ in range(steps):  # baddbmm(z, x, y) is beta z + alpha x y: 0.8 of the time on a CPU
+    for _ in range(steps):  # baddbmm(z, x, y) is beta z + alpha x y
         gram = wide @ wide.mT
         gram = torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315)
         wide = torch.baddbmm(wide, gram, wide, beta=3.4445)
@@ -1858,18 +1775,19 @@ class Probe(nn.Module):
 
 
 def render(args):
-    """Write the images of --source to OUT/<class>/<number>.png, as ImageFolder reads them."""
-    out = Path(args.out).resolve()
-    with claimed(out):
-        if Path(f"{out}.json").exists() or any(out.iterdir()):
-            raise InputError(f"--out {out}: must be empty, without {out}.json")
-        data = source_data(args)
-        for i in torch.arange(len(data)).split(1000):
-            for number, image, label in zip(i.tolist(), *(t.cpu() for t in data[i])):
-                folder = out / f"{label:05d}"  # alphabetical is numerical
-                folder.mkdir(exist_ok=True)
-                T.to_pil_image(image).save(folder / f"{number}.png")
-        write_json(f"{out}.json", data.omega)
+    """Write the images of --source to OUT/<class>/<number>.png, as ImageFolder reads them, and the
+    numbers that they are drawn from to OUT.json."""
+    out = Path(args.out)
+    if out.exists():
+        raise InputError(f"--out {out}: is there already; give a new folder")
+    data = source_data(args)
+    out.mkdir(parents=True)
+    for i in torch.arange(len(data)).split(1000):
+        for number, image, label in zip(i.tolist(), *(t.cpu() for t in data[i])):
+            folder = out / f"{label:05d}"  # alphabetical is numerical
+            folder.mkdir(exist_ok=True)
+            T.to_pil_image(image).save(folder / f"{number}.png")
+    Path(f"{out}.json").write_text(to_json(data.omega))
     say(f"{len(data)} images in {out}, what they were drawn from in {out}.json")
 
 
@@ -1899,16 +1817,16 @@ RECIPES = {
 
 
 def number(kind, low, high=10 ** 9):
-    """An argparse type: a number in [low, high]. (argparse's errors name the inner function.)"""
-    def number(text):
+    """An argparse type: a number from low to high."""
+    def number(text):  # argparse's errors have this name
         if low <= kind(text) <= high:
             return kind(text)
-        raise argparse.ArgumentTypeError(f"{text!r}: give a number from {low} to {high}")
+        raise argparse.ArgumentTypeError(f"{text}: give a number from {low} to {high}")
     return number
 
 
 def path(text):
-    """An argparse type: a path, not an empty one (as from a variable that is not set)."""
+    """An argparse type: a path, not an empty one (as of a variable that is not set)."""
     if not text:
         raise argparse.ArgumentTypeError("is empty; leave the flag out, or give a path")
     return os.path.expanduser(text)  # shells leave the ~ of --out=~/runs
@@ -1918,11 +1836,12 @@ whole, real = functools.partial(number, int), functools.partial(number, float)
 
 
 def general_flags(command):
-    """Of every command but resume."""
+    """Of every command."""
     add = command.add_argument_group("general").add_argument
     add("--recipe", default="nano", choices=RECIPES, help="a set of defaults; small: for a GPU")
     add("--seed", default=0, type=whole(0, 2 ** 62), help="of all but --fractal-seed and subsets")
-    add("--device", default="auto", choices=("auto", "cuda", "cpu"), help="where it runs")
+    there = ["cuda"] * torch.cuda.is_available() + ["cpu"]
+    add("--device", default=there[0], choices=there, help="where it runs")
     add("--out", default=f"runs/{command.prog.split()[-1]}", type=path, help="folder to write to")
 
 
@@ -1960,14 +1879,18 @@ def training_flags(command):
     """Of pretrain and finetune."""
     switch = argparse.BooleanOptionalAction
     add = command.add_argument_group("the run").add_argument
+    if command.prog.endswith("pretrain"):
+        add("--steps", default=240_000, type=whole(1), help="length")
+        add("--root", default="data", type=path, help="of --source folder: one folder a class")
     add("--save-every", default=1000, type=whole(1), help="steps between checkpoints")
     add("--log-every", default=50, type=whole(1), help="steps between lines of the log")
     add("--precision", default="auto", choices=("auto", "bf16", "fp32"),
         help="auto: bf16 where it is fast")
+    add("--compile", default=True, action=switch, help="torch.compile, on a GPU")
 
     add = command.add_argument_group("network").add_argument
     add("--model", default="vit_tiny", choices=MODELS, help="Vision Transformer")
-    add("--img-size", default=224, type=whole(1, 4096), help="pixels a side, as the network sees")
+    add("--img-size", default=224, type=whole(3, 4096), help="pixels a side, as the network sees")
     add("--patch-size", default=16, type=whole(1), help="pixels a side of a patch")
     add("--drop-path", default=0.1, type=real(0, 0.99), help="stochastic depth")
 
@@ -1993,13 +1916,6 @@ def training_flags(command):
     add("--cutmix", default=True, action=switch, help="paste a box of another image")
 
 
-def pretrain_flags(command):
-    """Of pretrain alone."""
-    add = command.add_argument_group("pre-training").add_argument
-    add("--steps", default=240_000, type=whole(1), help="length")
-    add("--root", default="data", type=path, help="of --source folder: one folder a class")
-
-
 def finetune_flags(command):
     """Of finetune alone."""
     add = command.add_argument_group("Tables 13, 14, Fig. 3: downstream").add_argument
@@ -2013,176 +1929,115 @@ def finetune_flags(command):
     add("--probe", type=whole(1), metavar="K", help="train a linear classifier on K frozen blocks")
 
 
-class Parser(argparse.ArgumentParser):
-    """argparse with errors of one line."""
-
-    def error(self, message):
-        self.exit(2, f"onepfrac: {' '.join(message.removeprefix('argument ').split())}\n")
-
-
-def make_parser(recipe):
-    """All commands with their flags and the defaults of a recipe."""
-    parser = Parser(prog="onepfrac.py", allow_abbrev=False, description="Pre-train a Vision "
-                    "Transformer on perturbed copies of one fractal.")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    both, pretraining, finetuning = RECIPES[recipe]
-
-    def add_command(name, text, *flags, **defaults):
-        command = commands.add_parser(name, help=text, description=text, allow_abbrev=False,
-                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-        for add_flags in flags:
-            add_flags(command)
-        known = {action.dest for action in command._actions}
-        command.set_defaults(**{k: v for k, v in defaults.items() if k in known})
-        return command
-
-    add_command("pretrain", pretrain.__doc__, general_flags, picture_flags, training_flags,
-                pretrain_flags, **both | pretraining)
-    add_command("finetune", finetune.__doc__, general_flags, finetune_flags, training_flags,
-                **FINETUNE | both | finetuning)
-    add_command("render", render.__doc__, general_flags, picture_flags, **both)
-    resume = add_command("resume", "Go on with a run, from its last checkpoint, with its settings.")
-    resume.add_argument("folder", type=path, help="the run's")
-    resume.add_argument("--root", type=path, help="where the data are now, if they were moved")
-    return parser
-
-
-def refuse_idle_flags(args, words):
-    """InputError if a flag among the words has no effect beside the others: an ablation that
-    changes nothing would look like a finding."""
-    rules = []  # flags, when they have no effect, and that in words
-    if args.command != "finetune":
-        used = SOURCES[args.source][1].split()
-        of_sources = {name for _, names in SOURCES.values() for name in names.split()}
-        rules += [(name, name not in used, f"with --source {args.source}") for name in of_sources]
-        many = args.categories > 1
-        rules += [("instances", not many, "without --categories above 1"),
-                  ("delta L noise sigma num_maps", many, "with --categories above 1")]
-    if args.command == "finetune" and args.probe:
-        rules += [("drop_path", True, "with --probe"),
-                  ("optimizer", args.optimizer == "muon", "(muon) with --probe")]
-    if args.command != "render":
-        rules += [("jitter", args.randaug, "with --randaug"),
-                  ("min_crop aspect", not args.crop, "with --no-crop")]
-    for word in words:
-        flag = word.partition("=")[0]
-        name = flag.removeprefix("--").removeprefix("no-").replace("-", "_")
-        for names, idle, where in rules:
-            if idle and flag.startswith("--") and name in names.split():
-                raise InputError(f"{flag}: has no effect {where}; leave it out")
-
-
-def words_of_run(folder, root):
-    """The command line that repeats the settings of the run in a folder."""
-    with blaming(f"resume {folder}: has no settings of this version"):
-        saved = json.loads((Path(folder) / "args.json").read_text()) | dict(out=folder)
-        if root and saved["command"] == "pretrain" and saved["source"] != "folder":
-            raise InputError("--root: has no effect on this run; leave it out")
-        saved |= dict(root=root) if root else {}
-        world, device = int(os.environ.get("WORLD_SIZE", 1)), saved["device"].partition(":")[0]
-        if world != saved["world"]:
-            raise InputError(f"resume {folder}: the run has {saved['world']} processes and not "
-                             f"{world}: torchrun --nproc_per_node={saved['world']} starts them")
-        if device == "cuda" and not torch.cuda.is_available():
-            say("onepfrac: the run began on a GPU, here is none: it goes on on the CPU",
-                file=sys.stderr)
-            device = "cpu"
-        saved |= dict(device=device)
-        if saved["command"] not in ("pretrain", "finetune"):
-            raise ValueError(f"its command is {saved['command']}")
-        words = [saved["command"]]
-        for name, usual in vars(parse_words(words)).items():
-            flag, value = name.replace("_", "-"), saved[name]
-            if isinstance(usual, bool) != isinstance(value, bool) or (
-                    usual is not None and value is None):
-                raise ValueError(f"{name} is {value}")
-            if isinstance(value, bool):
-                words.append(f"--{flag}" if value else f"--no-{flag}")
-            elif value is not None and name != "command":
-                words.append(f"--{flag}={value}")
-    return words
-
-
-def parse_words(words):
-    """The recipe is read first: the defaults depend on it."""
-    first = Parser(add_help=False, allow_abbrev=False)
-    first.add_argument("--recipe", default="nano")
-    recipe = first.parse_known_args(words)[0].recipe
-    args = make_parser(recipe if str(recipe) in RECIPES else "nano").parse_args(words)
-    for name, value in vars(args).items():
-        if value == []:  # argparse's reading of --seed=--
-            raise InputError(f"--{name.replace('_', '-')}: '--' is no value; give one")
-    return args
-
-
-def parse(argv=None):
-    """A command line -> settings, the rank of this process among them. `resume FOLDER` becomes the
-    command that began the run."""
-    words = sys.argv[1:] if argv is None else argv
-    args, resume = parse_words(words), False
-    if args.command == "resume":
-        resume = os.path.lexists(f"{args.folder}/last.pt")  # else the run begins again
-        args = parse_words(words_of_run(args.folder, args.root))
-    else:
-        refuse_idle_flags(args, words)
-    args.resume = resume
-    there = ["cuda"] * torch.cuda.is_available() + ["cpu"]
-    if args.device == "auto":
-        args.device = there[0]
-    if args.device not in there:
-        raise InputError(f"--device {args.device}: there is none here; try --device auto")
-    if getattr(args, "precision", None) == "auto":
-        args.precision = "bf16" if fast_bf16(args.device) else "fp32"
-    join_ranks(args)
-    return args
-
-
 def fast_bf16(device):
     """Whether the processor multiplies bfloat16 itself."""
     if device == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")  # not in every torch
-    return any(getattr(torch.cpu, name)() for name in checks if hasattr(torch.cpu, name))
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
+
+class Parser(argparse.ArgumentParser):
+    """argparse with errors of one line."""
+
+    def error(self, message):
+        raise InputError(message.removeprefix("argument "))
+
+
+def parse(words):
+    """A command line -> settings, and the rank of this process. The recipe is read first, as the
+    defaults depend on it."""
+    first = Parser(add_help=False, allow_abbrev=False)
+    first.add_argument("--recipe", default="nano", choices=RECIPES)
+    both, pretraining, finetuning = RECIPES[first.parse_known_args(words)[0].recipe]
+    parser = Parser(prog="onepfrac.py", allow_abbrev=False, description="Pre-train a Vision "
+                    "Transformer on perturbed copies of one fractal.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for function, flags, defaults in (
+            (pretrain, (picture_flags, training_flags), both | pretraining),
+            (finetune, (finetune_flags, training_flags), FINETUNE | both | finetuning),
+            (render, (picture_flags,), both)):
+        command = commands.add_parser(
+            function.__name__, help=function.__doc__, description=function.__doc__,
+            allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        for add_flags in (general_flags, *flags):
+            add_flags(command)
+        known = {action.dest for action in command._actions}
+        command.set_defaults(**{k: v for k, v in defaults.items() if k in known})
+    args = parser.parse_args(words)
+    refuse_idle_flags(args, words)
+    if getattr(args, "precision", None) == "auto":
+        args.precision = "bf16" if fast_bf16(args.device) else "fp32"
+    join_ranks(args)  # section D
+    if getattr(args, "probe", None) and args.batch_size == 1:
+        raise InputError("--batch-size 1: with --probe two or more, to normalise over them")
+    return args
+
+
+def refuse_idle_flags(args, words):
+    """An ablation by a flag that has no effect beside the others would look like a finding."""
+    of = vars(args).get
+    rules = [  # flags, whether they have none, and why
+        ("instances", of("categories") == 1, "without --categories above 1"),
+        ("delta L noise sigma num-maps", of("categories", 1) > 1, "with --categories above 1"),
+        ("drop-path", of("probe"), "with --probe"),
+        ("optimizer", of("probe") and of("optimizer") == "muon", "with --probe if it is muon"),
+        ("noise", of("noise") == "multiplicative" and of("warp") == "elastic",
+         "with --warp elastic, whose numbers are 0, if it is multiplicative"),
+        ("compile", of("device") == "cpu", "on a CPU"),
+        ("jitter", of("randaug"), "with --randaug"),
+        ("min-crop aspect", not of("crop"), "with --no-crop")]
+    if "source" in args:
+        others = {name for _, names in SOURCES.values() for name in names.split()}
+        others -= {*SOURCES[args.source][1].split()}
+        rules.append((" ".join(others), True, f"with --source {args.source}"))
+    for flag in (word.partition("=")[0] for word in words if word.startswith("--")):
+        for names, idle, why in rules:
+            if idle and re.sub("^--(no-)?", "", flag) in names.split():
+                raise InputError(f"{flag}: has no effect {why}; leave it out")
+
+
+def main(words=None):
+    """Run one command -> exit status."""
+    try:
+        args = parse(sys.argv[1:] if words is None else words)
+        with (torch.random.fork_rng(range(torch.cuda.device_count())),  # both are set back
+              mock.patch.object(PngImagePlugin, "MAX_TEXT_CHUNK", 2 ** 26)):  # of profiles, too
+            torch.manual_seed(args.seed)
+            {"pretrain": pretrain, "finetune": finetune, "render": render}[args.command](args)
+        if args.world_size > 1:
+            torch.distributed.destroy_process_group()
+    except (InputError, OSError) as error:
+        where = "--out or --root: " if isinstance(error, OSError) else ""  # a full disk
+        print(f"onepfrac: {where}{' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:  # before the first step, or a second Ctrl-C
+        return 130
+    except SystemExit as stop:  # --help, a signal, a run that has ended
+        return stop.code or 0
+    return 0
+
+
+# ==== G · Speed: why some lines are not the plainest ==============================================
+#
+#     GOMP_SPINCOUNT (top)    threads that wait would spin, and keep a core that others need
+#     chaos_game              table[rows] takes 6 times as long as index_select on a CPU
+#     stamp                   64 coins from a number: 13 times as fast as random_(2) for each pixel
+#     Attention               on CPUs the fused attention is slow in bf16
+#     Augment, Run.count      what is random is chosen on the CPU and sent there (non_blocking), and
+#                             nothing is read back, so the loop never waits for a GPU
+#     apply_op                half the operations of a loop over all kinds (224 and not 470 a step)
+#     Muon.move               many small operations take longer than one on all matrices
+#     orthogonalise           baddbmm: 0.9 of the time on a CPU
+#     keep_memory             page faults take a tenth of the time on a CPU
 
 def keep_memory():
-    """Tell glibc to keep what is freed: page faults cost up to a third of the time on a CPU."""
-    with contextlib.suppress(OSError, AttributeError):  # another C library
+    """Tell glibc to keep what is freed."""
+    with contextlib.suppress(OSError, AttributeError):  # other C libraries
         libc = ctypes.CDLL("libc.so.6")
         libc.mallopt(-1, 2 ** 31 - 1)  # M_TRIM_THRESHOLD
         libc.mallopt(-4, 0)  # M_MMAP_MAX
 
 
-def main(argv=None):
-    """Run one command -> exit status."""
+if SCRIPT:
     keep_memory()
-    warnings.filterwarnings("ignore", module="PIL")  # of a broken EXIF tag
-    warnings.simplefilter("error", Image.DecompressionBombWarning)  # above 90 million pixels
-    args = None
-    try:
-        args = parse(argv)
-        if args.command == "render":
-            render(args)
-        else:
-            with open_run(args):
-                pretrain(args) if args.command == "pretrain" else finetune(args)
-        if args.world > 1:  # after an error others may wait
-            torch.distributed.destroy_process_group()
-        return 0
-    except InputError as error:
-        reason = str(error)
-    except OSError as error:  # a full disk, no permission
-        reason = f"--out or --root: {error}"
-    except (RuntimeError, MemoryError) as error:
-        if not memory_is_full(error):
-            raise
-        sizes = [f for f in ("batch_size", "img_size", "canvas", "points", "L") if hasattr(args, f)]
-        reason = f"memory is full; lower --{', --'.join(sizes).replace('_', '-')}"
-    except KeyboardInterrupt:  # before the run, or a second Ctrl-C
-        return 130
-    say(f"onepfrac: {' '.join(reason.split())}", file=sys.stderr)
-    return 2
-
-
-if __name__ == "__main__":
     sys.exit(main())

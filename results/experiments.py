@@ -1,173 +1,151 @@
-"""Every reported run: what is run, the records, and the tables and figures that are made of them.
+"""The records of all reported runs, and the tables and figures that are made of them.
 
     python results/experiments.py                   # print all tables from results/runs.jsonl, draw the figures
     python results/experiments.py transfer table5   # print two tables
-    python results/experiments.py --plan table5     # print the commands whose records are missing
-    python results/experiments.py --run table5      # run them, two at a time with one thread each; again: goes on
     python results/experiments.py --keep FOLDER     # keep the records of all finished runs under a folder
 
---data says where CIFAR-100 is: "--data cifar100" (downloaded) or "--data folder --root DIR". A run has its folder
-under runs/, by its name. When it has ended, its record becomes a line of runs.jsonl: name, command, settings, commit,
-machine, log. A record counts as a table's if it has the name and the settings that the table gives it today.
+`bash reproduce.sh TABLE` trains, into folders whose names are those of the records. A record is a line of runs.jsonl:
+name, command, settings, commit, machine, log. A name has the flags; beside them the defaults of recipe nano count. So
+if the recipe changes, runs before and after could meet in a table: `mixed` tells.
 """
 import argparse
-import functools
 import json
-import os
 import statistics
-import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+
+from matplotlib.figure import Figure
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 import onepfrac as op
 
-RECORDS, RUNS, INITS = HERE / "runs.jsonl", Path("runs"), ("mimetic", "impulse")
-MACHINE = "device processor precision threads torch world".split()
-# Not compared: where it ran, how often it saved and tested, and what the name tells.
-BESIDE = {*MACHINE, *"command out root device resume save_every log_every rank lead eval_epochs commit classes images "
-          "data ckpt".split()}
+RECORDS = HERE / "runs.jsonl"
+MACHINE = "device processor precision threads torch world_size".split()
+# No settings of a record: where it ran, how often it saved and tested, and what its name tells.
+BESIDE = {*MACHINE, *"command out root rank lead save_every log_every eval_epochs commit classes data ckpt".split()}
 
-# ---- What is run. A table: title, seeds, flags of every pre-training, flags of every fine-tuning, rows. A row: label,
-# ---- CIFAR-100 top-1 in the paper, flags of pre-training (None: from scratch; "mimetic", "impulse": weights of
-# ---- inits.py), flags of fine-tuning. Rows "A / B" are shown as a grid, A down and B across.
-
-SGD, ADAMW = "--optimizer sgd --lr 0.2 --weight-decay 1e-4", "--optimizer adamw --lr 1e-3"
+# A table: title, seeds, flags of every pre-training, flags of every fine-tuning, rows. A row: label | top-1 in the
+# paper | flags of pre-training (scratch: there is none; mimetic, impulse: weights of inits.py) | flags of fine-tuning;
+# a ";" is a new line. Rows "A / B" are shown as a grid, A down and B across.
+C250 = "--train-per-class 250"                 # images of CIFAR-100
 OWN = "--batch-size 128 --lr 3e-3"             # the fractal's own best on held-out training images
 LONG = f"--epochs 60 --eval-epochs 10 {OWN} --min-crop 0.5 --randaug"
-C250 = "--train-per-class 250"                 # images of CIFAR-100
 SHORT, BRIEF = "--steps 1500 --no-cutmix", f"{C250} --epochs 3"      # the paper's tables: five minutes a row
-MANY = "--categories 64 --instances 64"
 
 
-def alike(*rows):
-    """Rows whose fine-tuning is that of the table."""
-    return [(*row, "") for row in rows]
+def arms(label, flags, starts=("", "scratch")):
+    """Rows of a grid: the same fine-tuning from several starts."""
+    names = {"": "from one fractal", "scratch": "from scratch"}
+    return "\n".join(f"{label} / {names.get(s, f'{s} initialisation')} || {s} | {flags}" for s in starts)
 
 
-def sweep(flag, usual, top1):
-    """Rows of several values of a flag, usual: that of nano."""
-    return alike(*((str(value), paper, f"--{flag} {value}" if value != usual else "") for value, paper in top1.items()))
-
-
-def both(label, flags):
-    """The two rows of a comparison, with flags of fine-tuning."""
-    return [(f"{label}from one fractal", None, "", flags), (f"{label}from scratch", None, None, flags)]
-
-
-def by_hand(label, flags):
-    """Rows of initialisations without training."""
-    return [(f"{label}{kind} initialisation", None, kind, flags) for kind in INITS]
-
-
+FOUR = "", "scratch", "mimetic", "impulse"
 TABLES = {
-    "transfer": ("250 images a class, 8 epochs", 3, "", C250, [
-        *both("", ""), *by_hand("", ""), ("from one fractal, its own best", None, "", OWN)]),
-    "time": ("250 images a class; pre-training and 8 epochs take as long as 28 epochs", 1, "", C250,
-             both("8 epochs / ", "") + both("28 epochs / ", "--epochs 28")),
-    "optimizers": ("250 images a class, 8 epochs", 1, "", C250, [
-        row for label, flags in (("SGD / ", SGD), ("AdamW / ", ADAMW), ("Muon / ", ""))
-        for row in both(label, flags) + by_hand(label, flags)]),
-    "try": ("README's experiments", 1, "--steps 1000", "--train-per-class 250 --epochs 2", [
-        *alike(("the default", None, ""), ("Delta 0.001", None, "--delta 0.001"), ("without crops", None, "--no-crop"),
-               ("noise", None, "--source gaussian --texture random"), ("another fractal", None, "--fractal-seed 0"),
-               ("edges of a photograph", None, "--source image --edges canny")),
-        ("from scratch", None, None, "")]),
-    "few": ("25 images a class, 8 epochs", 3, "", "--train-per-class 25", both("", "")),
-    "length": ("all 50,000 images", 3, "", "", [
-        row for epochs, flags in ((8, OWN), (20, f"--epochs 20 {OWN}"), (60, LONG))
-        for row in both(f"{epochs} epochs / ", flags)]),
-    "longer": ("pre-training four times as long", 1, "", "", [
-        row for label, flags in (("250 images a class, 8 epochs / ", C250), ("all images, 8 epochs / ", OWN))
-        for row in ((f"{label}from 4,700 steps", None, "", flags),
-                    (f"{label}from 18,800 steps", None, "--steps 18800", flags),
-                    (f"{label}from scratch", None, None, flags))]),
-    "fig3": ("a linear classifier on the first K blocks, frozen; 250 images a class, 8 epochs", 1, "", C250, [
-        row for k in (1, 2, 3, 4, 6) for row in both(f"K = {k} / ", f"--probe {k}")]),
-    "table2": ("FractalDB, OFDB and 1p-frac", 3, SHORT, BRIEF, alike(
-        ("scratch", 64.2, None), ("FractalDB, 64 x 64 images", 81.6, MANY),
-        ("OFDB, 64 images", 84.0, "--categories 64"), ("1p-frac", 84.2, ""))),
-    "fractals": ("other fractals", 1, SHORT, BRIEF, alike(
-        ("--fractal-seed 32, the default", None, ""),
-        *((f"--fractal-seed {seed}", None, f"--fractal-seed {seed}") for seed in (0, 1, 2)))),
-    "table3": ("contours", 1, SHORT, BRIEF, alike(
-        ("RCDB, 64 x 64 images", 81.6, f"--source rcdb {MANY}"),
-        ("RCDB, 64 images", 80.4, "--source rcdb --categories 64"), ("RCDB, one image", 82.5, "--source rcdb"),
-        ("Visual Atoms, 64 x 64 images", 84.9, f"--source va {MANY}"),
-        ("Visual Atoms, 64 images", 82.1, "--source va --categories 64"),
-        ("Visual Atoms, one image", 82.6, "--source va"))),
-    "table4": ("noise, its dots drawn as fixed random 3x3 masks", 1, f"{SHORT} --texture random", BRIEF, alike(
-        ("Gaussian", 1.1, "--source gaussian"), ("uniform", 2.0, "--source uniform"), ("1p-frac", 84.2, ""))),
-    "table5": ("perturbation degree Delta", 3, SHORT, BRIEF, sweep("delta", 0.1, {
-        0.001: 1.2, 0.01: 19.9, 0.05: 83.0, 0.1: 84.2, 0.2: 83.4, 1.0: 82.6})),
-    "table6": ("sigma-factor", 1, SHORT, BRIEF, sweep("sigma", 3.5, {
-        3.5: 84.2, 4.0: 82.8, 4.5: 81.9, 5.0: 82.2, 6.0: 81.3})),
-    "table7": ("number of perturbations L", 3, SHORT, BRIEF, sweep("L", 64, {
-        16: 78.7, 64: 82.3, 512: 82.4, 1000: 84.2})),
-    "table9": ("augmentation of pre-training (the paper's rows: with all else of DeiT's)", 1, "--steps 1500",
-               BRIEF, alike(
-                   ("crops and jitter", 80.4, "--no-cutmix"), ("without crops", None, "--no-cutmix --no-crop"),
-                   ("without changes of aspect", None, "--no-cutmix --no-aspect"),
-                   ("without jitter", None, "--no-cutmix --no-jitter"),
-                   ("RandAugment in place of jitter", None, "--no-cutmix --randaug"),
-                   ("with erasing", None, "--no-cutmix --erase"), ("with flips", None, "--no-cutmix --flip"),
-                   ("with cutmix", 83.6, ""), ("with mixup", 83.3, "--no-cutmix --mixup"),
-                   ("with both", 84.2, "--mixup"))),
-    "table11": ("one photograph (the paper: mean of five) under affine warps", 1, SHORT, BRIEF, alike(
-        ("RGB", 81.6, "--source image"), ("edges", 82.2, "--source image --edges canny"))),
+    "transfer": ("250 images a class, 8 epochs", 3, "", C250, f"""
+        from one fractal; from scratch || scratch
+        mimetic initialisation || mimetic; impulse initialisation || impulse
+        from one fractal, its own best ||| {OWN}"""),
+    "time": ("250 images a class; pre-training and 8 epochs take as long as 28 epochs", 1, "", C250, f"""
+        {arms("8 epochs", "")}
+        {arms("28 epochs", "--epochs 28")}"""),
+    "optimizers": ("250 images a class, 8 epochs", 1, "", C250, f"""
+        {arms("SGD", "--optimizer sgd --lr 0.2 --weight-decay 1e-4", FOUR)}
+        {arms("AdamW", "--optimizer adamw --lr 1e-3", FOUR)}
+        {arms("Muon", "", FOUR)}"""),
+    "try": ("README's experiments", 1, "--steps 1000", "--train-per-class 250 --epochs 2", """
+        the default; Delta 0.001 || --delta 0.001; without crops || --no-crop
+        noise || --source gaussian --texture random; another fractal || --fractal-seed 0
+        edges of a photograph || --source image --edges canny; from scratch || scratch"""),
+    "few": ("25 images a class, 8 epochs", 3, "", "--train-per-class 25", """
+        from one fractal; from scratch || scratch"""),
+    "length": ("all 50,000 images", 3, "", "", f"""
+        {arms("8 epochs", OWN)}
+        {arms("20 epochs", f"--epochs 20 {OWN}")}
+        {arms("60 epochs", LONG)}"""),
+    "longer": ("pre-training four times as long", 1, "", "", f"""
+        250 images a class, 8 epochs / from 4,700 steps ||| {C250}
+        250 images a class, 8 epochs / from 18,800 steps || --steps 18800 | {C250}
+        250 images a class, 8 epochs / from scratch || scratch | {C250}
+        all images, 8 epochs / from 4,700 steps ||| {OWN}
+        all images, 8 epochs / from 18,800 steps || --steps 18800 | {OWN}
+        all images, 8 epochs / from scratch || scratch | {OWN}"""),
+    "fig3": ("a linear classifier on the first K blocks, frozen; 250 images a class, 8 epochs", 1, "", C250,
+             "\n".join(arms(f"K = {k}", f"--probe {k}") for k in (1, 2, 3, 4, 6))),
+    "table2": ("FractalDB, OFDB and 1p-frac", 3, SHORT, BRIEF, """
+        scratch | 64.2 | scratch; FractalDB, 64 x 64 images | 81.6 | --categories 64 --instances 64
+        OFDB, 64 images | 84.0 | --categories 64; 1p-frac | 84.2"""),
+    "fractals": ("other fractals", 1, SHORT, BRIEF, """
+        --fractal-seed 32, the default; --fractal-seed 0 || --fractal-seed 0
+        --fractal-seed 1 || --fractal-seed 1; --fractal-seed 2 || --fractal-seed 2"""),
+    "table3": ("contours", 1, SHORT, BRIEF, """
+        RCDB, 64 x 64 images | 81.6 | --source rcdb --categories 64 --instances 64
+        RCDB, 64 images | 80.4 | --source rcdb --categories 64; RCDB, one image | 82.5 | --source rcdb
+        Visual Atoms, 64 x 64 images | 84.9 | --source va --categories 64 --instances 64
+        Visual Atoms, 64 images | 82.1 | --source va --categories 64
+        Visual Atoms, one image | 82.6 | --source va"""),
+    "table4": ("noise, its dots drawn as fixed random 3x3 masks", 1, f"{SHORT} --texture random", BRIEF, """
+        Gaussian | 1.1 | --source gaussian; uniform | 2.0 | --source uniform; 1p-frac | 84.2"""),
+    "table5": ("perturbation degree Delta", 3, SHORT, BRIEF, """
+        0.001 | 1.2 | --delta 0.001; 0.01 | 19.9 | --delta 0.01; 0.05 | 83.0 | --delta 0.05
+        0.1 | 84.2; 0.2 | 83.4 | --delta 0.2; 1.0 | 82.6 | --delta 1.0"""),
+    "table6": ("sigma-factor", 1, SHORT, BRIEF, """
+        3.5 | 84.2; 4.0 | 82.8 | --sigma 4.0; 4.5 | 81.9 | --sigma 4.5; 5.0 | 82.2 | --sigma 5.0
+        6.0 | 81.3 | --sigma 6.0"""),
+    "table7": ("number of perturbations L", 3, SHORT, BRIEF, """
+        16 | 78.7 | --L 16; 64 | 82.3; 512 | 82.4 | --L 512; 1000 | 84.2 | --L 1000"""),
+    "table9": ("augmentation of pre-training (the paper's rows: with all else of DeiT's)", 1, "--steps 1500", BRIEF, """
+        crops and jitter | 80.4 | --no-cutmix; without crops || --no-cutmix --no-crop
+        without changes of aspect || --no-cutmix --no-aspect; without jitter || --no-cutmix --no-jitter
+        RandAugment in place of jitter || --no-cutmix --randaug
+        with erasing || --no-cutmix --erase; with flips || --no-cutmix --flip
+        with cutmix | 83.6; with mixup | 83.3 | --no-cutmix --mixup; with both | 84.2 | --mixup"""),
+    "table11": ("one photograph (the paper: mean of five) under affine warps", 1, SHORT, BRIEF, """
+        RGB | 81.6 | --source image; edges | 82.2 | --source image --edges canny"""),
     "table12": ("the edges of one photograph (the paper: mean of five) under warps", 1,
-                f"{SHORT} --source image --edges canny", BRIEF, alike(
-                    ("affine", 81.9, ""), *((warp, top1, f"--warp {warp}") for warp, top1 in (
-                        ("homography", None), ("elastic", 37.0), ("polynomial", 81.3))))),
-    "table13": ("random patches: masks, fixed or (w/ Aug.) new at each step", 1, SHORT, BRIEF, alike(
-        ("OFDB", 84.0, "--categories 64 --texture random"), ("1p-frac", 84.2, "--texture random"),
-        ("OFDB w/ Aug.", 85.3, "--categories 64 --texture fresh"), ("1p-frac w/ Aug.", 84.7, "--texture fresh"),
-        ("fixed masks alone, Delta 0", None, "--texture random --delta 0"))),
+                f"{SHORT} --source image --edges canny", BRIEF, """
+        affine | 81.9; homography || --warp homography
+        elastic | 37.0 | --warp elastic; polynomial | 81.3 | --warp polynomial"""),
+    "table13": ("random patches: masks, fixed or (w/ Aug.) new at each step", 1, SHORT, BRIEF, """
+        OFDB | 84.0 | --categories 64 --texture random; 1p-frac | 84.2 | --texture random
+        OFDB w/ Aug. | 85.3 | --categories 64 --texture fresh; 1p-frac w/ Aug. | 84.7 | --texture fresh
+        fixed masks alone, Delta 0 || --texture random --delta 0"""),
 }
 
 
-# ---- Runs, by name
+# ---- Records
 
-def slug(flags):
-    return "-".join(flags.replace("--", "").split())
-
-
-def commands(table, row, seed):
-    """{name: command} of a row: its pre-training, if it has one, then its fine-tuning."""
-    before, after = TABLES[table][2:4]
-    _, _, start, tune = row
-    runs, name, ckpt = {}, "scratch", ""
-    if start is not None:
-        command = start if start in INITS else f"pretrain {before} {start}"
-        name = start if start in INITS else slug(f"{before} {start}") or "nano"
-        ckpt = f"--ckpt {RUNS}/starts/{name}/{seed}/last.pt"
-        runs[f"starts/{name}/{seed}"] = " ".join(f"{command} --seed {seed}".split())
-    runs[f"{slug(f'{after} {tune}') or 'nano'}/{name}/{seed}"] = " ".join(
-        f"finetune {after} {tune} --seed {seed} {ckpt}".split())
-    return runs
+def rows_of(table):
+    """-> label, top-1 in the paper, flags of pre-training, flags of fine-tuning, each as text"""
+    lines = TABLES[table][4].strip().replace(";", "\n").splitlines()
+    return [[*map(str.strip, line.split("|")), "", "", ""][:4] for line in lines]
 
 
-@functools.cache
-def settings(command):
-    """The settings that the result of a command depends on."""
-    return decisive(vars(op.parse(command.split())))
+def names(table, start, tune, seed):
+    """The name of a pre-training, or None if there is none, and of a fine-tuning: their flags, as in reproduce.sh."""
+    def name(*flags):
+        return "-".join(" ".join(flags).replace("--", "").split()) or "nano"
+    trained = start not in ("scratch", "mimetic", "impulse")
+    start = name(TABLES[table][2], start) if trained else start
+    return f"starts/{start}/{seed}" if trained else None, f"{name(TABLES[table][3], tune)}/{start}/{seed}"
 
 
-def decisive(args):
-    return {name: value for name, value in args.items() if name not in BESIDE}
+def found(table, row, records):
+    """Of each seed that was run: the record, and that of its pre-training or None."""
+    all_names = [names(table, *row[2:], seed) for seed in range(TABLES[table][1])]
+    return [(records[tuned], records.get(start)) for start, tuned in all_names if tuned in records]
 
 
-def fits(known, command):
-    """Whether known settings are those of a command today. (Initial weights have none.)"""
-    return command.startswith(INITS) or all(known.get(k) == v for k, v in settings(command).items())
-
-
-def measured(runs, records):
-    """The records of the runs of a row, or None: one is missing, or of other settings."""
-    if all(fits(records.get(name, {}).get("settings", {}), command) for name, command in runs.items()):
-        return [records[name] for name in runs if name in records]
+def mixed(table, records):
+    """The settings in which runs of a table differ though no flag of it names them."""
+    words = " ".join(" ".join(row[2:]) for row in rows_of(table)).split()
+    named = {word.removeprefix("--").removeprefix("no-").replace("-", "_") for word in words} | {"seed"}
+    values = {}
+    for pair in (pair for row in rows_of(table) for pair in found(table, row, records)):
+        for k, record in enumerate(pair):
+            for key, value in record["settings"].items() if record else ():
+                values.setdefault((k, key), set()).add(value if isinstance(value, (int, float)) else str(value))
+    return {key for (_, key), several in values.items() if len(several) > 1 and not key.startswith("images")} - named
 
 
 def read_records():
@@ -176,11 +154,11 @@ def read_records():
     return {record["name"]: record for record in map(json.loads, lines)}
 
 
-def words(args):
+def command_of(args):
     """The command line of a run's settings, without what the recipe says."""
     line = [args["command"]] + ["--recipe", args["recipe"]] * (args["recipe"] != "nano")
     for name, usual in vars(op.parse(line)).items():
-        value, flag = args.get(name), name.replace("_", "-")
+        value, flag = args.get(name, usual), name.replace("_", "-")
         if name in BESIDE or value == usual:
             continue
         if isinstance(value, bool):
@@ -188,122 +166,86 @@ def words(args):
         else:
             line += [f"--{flag}", f"{value:g}" if isinstance(value, float) else str(value)]
     if args.get("ckpt"):
-        line += ["--ckpt", args["ckpt"][max(0, args["ckpt"].find(f"{RUNS}/")):]]
+        line += ["--ckpt", args["ckpt"][max(0, args["ckpt"].find("runs/")):]]
     return " ".join(line)
 
 
-def keep(folder, name):
-    """Add the record of a finished run to runs.jsonl. Of the log it keeps tests, and some twenty other lines."""
+def record_of(folder, name):
+    """The record of a run that has ended. Of the log it keeps tests, and some twenty other lines."""
     args = json.loads((folder / "args.json").read_text())
     log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     every = -(-len(log) // 20)
-    log = [line for k, line in enumerate(log) if "test_top1" in line or k % every == 0 or k == len(log) - 1]
-    log = [{key: round(value, 6) for key, value in line.items()} for line in log]
-    record = dict(name=name, command=words(args), settings=decisive(args) | dict(images=args.get("images")),
-                  commit=args["commit"], machine={k: args[k] for k in MACHINE}, log=log)
-    with RECORDS.open("a") as file:
-        file.write(json.dumps(record) + "\n")
+    log = [{key: round(value, 6) for key, value in line.items()} for k, line in enumerate(log)
+           if "test_top1" in line or k % every == 0 or k == len(log) - 1]
+    return dict(name=name, command=command_of(args), settings={k: v for k, v in args.items() if k not in BESIDE},
+                commit=args["commit"], machine={k: args[k] for k in MACHINE}, log=log)
 
 
-# ---- Running
-
-def plan(names, records):
-    """{name: command} of the rows that are not measured, what others start from first."""
-    runs = {}
-    for table in names:
-        for row in TABLES[table][-1]:
-            for seed in range(TABLES[table][1]):
-                if not measured(commands(table, row, seed), records):
-                    runs |= commands(table, row, seed)
-    return runs
+def keep(folder):
+    """Add the records of all runs under a folder that have ended, but for names that have one."""
+    records = read_records()
+    for file in sorted(folder.rglob("curve.png")):              # a run draws it at its end
+        name = str(file.parent.relative_to(folder))
+        if name not in records:
+            with RECORDS.open("a") as out:
+                out.write(json.dumps(record_of(file.parent, name)) + "\n")
 
 
-def run(name, command, data):
-    """Run a command in its folder, or go on with it; one thread."""
-    folder, (kind, *flags) = RUNS / name, command.split()
-    folder.mkdir(parents=True, exist_ok=True)
-    if kind in INITS:
-        words = [HERE / "inits.py", kind, folder / "last.pt", *flags]
-    elif (folder / "args.json").exists():
-        if not fits(json.loads((folder / "args.json").read_text()), command):
-            print(f"{folder} holds a run of other settings; remove it", file=sys.stderr)
-            return
-        words = [HERE.parent / "onepfrac.py", "resume", folder]
-    else:
-        words = [HERE.parent / "onepfrac.py", kind, *flags, *(data.split() if kind == "finetune" else ()),
-                 "--out", folder]
-    print(name, flush=True)
-    done = subprocess.run([sys.executable, *map(str, words)], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
-                          text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    if done.returncode:
-        print(f"{name} failed: {done.stderr}", file=sys.stderr, flush=True)
-    elif not measured({name: command}, read_records()) and kind not in INITS:
-        keep(folder, name)
+# ---- Tables
+
+def last_tests(pairs):
+    return [tuned["log"][-1]["test_top1"] for tuned, _ in pairs]
 
 
-def run_all(runs, data, workers):
-    """Run first what others start from."""
-    first = {name for name in runs if any(f"{RUNS}/{name}/" in command for command in runs.values())}
-    for some in (first, runs.keys() - first):
-        with ThreadPoolExecutor(workers) as pool:
-            list(pool.map(lambda name: run(name, runs[name], data), [name for name in runs if name in some]))
+def spread(pairs):
+    """Top-1: mean (standard deviation), or one value, or that there is none."""
+    top1 = last_tests(pairs)
+    text = f"{statistics.mean(top1):.1f}" if top1 else "not run"
+    return text + (f" ({statistics.stdev(top1):.1f})" if len(top1) > 1 else "")
 
 
-# ---- Showing
-
-def spread(values):
-    """Mean (standard deviation), or one value, or that there is none."""
-    text = f"{statistics.mean(values):.1f}" if values else "not run"
-    return text + (f" ({statistics.stdev(values):.1f})" if len(values) > 1 else "")
-
-
-def found(table, row, records):
-    """Of each seed that is measured: the record, and that of its pre-training (or None)."""
-    all_seeds = [measured(commands(table, row, seed), records) for seed in range(TABLES[table][1])]
-    return [(kept[-1], kept[0] if len(kept) > 1 else None) for kept in all_seeds if kept]
+def own_task(pairs):
+    """What pre-training has learned of its own task: mean accuracy in percent, or None."""
+    own = [start["log"][-1]["top1"] for _, start in pairs if start]
+    return statistics.mean(own) if own else None
 
 
 def show(table, records):
-    """A table in Markdown."""
-    title, seeds, before, after, rows = TABLES[table]
-    grid = all(" / " in row[0] for row in rows)
+    """Print a table in Markdown."""
+    title, seeds, before, after, _ = TABLES[table]
+    grid = all(" / " in row[0] for row in rows_of(table))
     lines = (as_grid if grid else as_rows)(table, records)
     title += f", {seeds} seed{'s' * (seeds > 1)}" * grid
     shown = [k for k in range(len(lines[0])) if k == 0 or any(line[k] for line in lines[1:])]       # no empty columns
     print(f"\n**{table}: {title}.** Pre-training: `{before or 'nano'}`. Fine-tuning: `{after or 'nano'}`.\n")
+    if differ := mixed(table, records):
+        print(f"Not comparable: runs differ in {', '.join(sorted(differ))}.\n")
     lines.insert(1, ["---"] * len(lines[0]))
     print(*(f"| {' | '.join(line[k] for k in shown)} |" for line in lines), sep="\n")
 
 
 def as_rows(table, records):
-    """A header, and a line for each row: mean and standard deviation over seeds, and what pre-training learned of its
-    own task."""
+    """A header, and a line for each row."""
     lines = [["", "fine-tuning", "paper", "top-1", "seeds", "own task"]]
-    for row in TABLES[table][-1]:
+    for row in rows_of(table):
         (label, paper, _, tune), pairs = row, found(table, row, records)
-        own = [start["log"][-1]["top1"] for _, start in pairs if start]
-        lines.append([label, f"`{tune}`" * bool(tune), str(paper or ""), spread([last(tested) for tested, _ in pairs]),
-                      f"{len(pairs)} of {TABLES[table][1]}", f"{statistics.mean(own):.0f}%" if own else ""])
+        own = own_task(pairs)
+        lines.append([label, f"`{tune}`" * bool(tune), paper, spread(pairs), f"{len(pairs)} of {TABLES[table][1]}",
+                      "" if own is None else f"{own:.0f}%"])
     return lines
 
 
 def as_grid(table, records):
     """Of rows "A / B": a line for each A, a column for each B, top-1 alone."""
     cells, seeds = {}, TABLES[table][1]
-    for row in TABLES[table][-1]:
+    for row in rows_of(table):
         (label, _, _, tune), pairs = row, found(table, row, records)
         down, _, across = label.partition(" / ")
-        top1 = spread([last(tested) for tested, _ in pairs])
-        if 0 < len(pairs) < seeds:
-            top1 += f", {len(pairs)} of {seeds}"
-        cells.setdefault((down, f"`{tune}`" * bool(tune)), {})[across] = top1
+        some = f", {len(pairs)} of {seeds}" * (0 < len(pairs) < seeds)
+        cells.setdefault((down, f"`{tune}`" * bool(tune)), {})[across] = spread(pairs) + some
     columns = dict.fromkeys(across for line in cells.values() for across in line)
     return [["", "fine-tuning", *columns],
             *([*key, *(line.get(across, "") for across in columns)] for key, line in cells.items())]
-
-
-def last(record):
-    return record["log"][-1]["test_top1"]
 
 
 def show_search(records):
@@ -317,49 +259,60 @@ def show_search(records):
                       f"{end.get('test_top1', end.get('top1')):.1f} | {record['commit']} |")
 
 
-def figure_of(panels, width=4, height=3.6):
+# ---- Figures
+
+def panels(count, width=4, height=3.6):
     """An empty figure with panels side by side, for accuracies on CIFAR-100 -> figure, axes."""
-    import matplotlib
-    matplotlib.use("agg")
-    from matplotlib import pyplot as plt
-    figure, axes = plt.subplots(1, panels, figsize=(1.5 + width * panels, height), layout="constrained",
-                                squeeze=False)
-    axes[0, 0].set_ylabel("top-1 on CIFAR-100 (%)")
-    for axis in axes[0]:
+    figure = Figure(figsize=(1.5 + width * count, height), layout="constrained")
+    axes = figure.subplots(1, count, squeeze=False)[0]
+    axes[0].set_ylabel("top-1 on CIFAR-100 (%)")
+    for axis in axes:
         axis.grid(alpha=0.3)
-    return figure, axes[0]
+    return figure, axes
 
 
-def draw(path, panels):
-    """A row of panels (title, x label, lines), lines: {label: [(x, [top-1 of each seed])]}."""
-    figure, axes = figure_of(len(panels))
-    for axis, (title, x_label, lines) in zip(axes, panels):
-        for k, (label, points) in enumerate(lines.items()):
-            axis.plot([x for x, _ in points], [statistics.mean(y) for _, y in points], f"C{k}o-", ms=4, label=label)
-            axis.plot([x for x, ys in points for _ in ys], [y for _, ys in points for y in ys], f"C{k}.", ms=3)
-        axis.set(title=title, xlabel=x_label)
-        if lines:
-            axis.legend(fontsize=8)
+def plot(axis, title, x_label, lines):
+    """lines: {label: [(x, [top-1 of each seed])]}"""
+    for k, (label, points) in enumerate(lines.items()):
+        axis.plot([x for x, _ in points], [statistics.mean(y) for _, y in points], f"C{k}o-", ms=4, label=label)
+        axis.plot([x for x, ys in points for _ in ys], [y for _, ys in points for y in ys], f"C{k}.", ms=3)
+    axis.set(title=title, xlabel=x_label)
+    axis.legend(fontsize=8)
+
+
+def draw_transfer(path, records):
+    """Left: test accuracy over the course of fine-tuning. Right: at the end, over its length."""
+    figure, (left, right) = panels(2)
+    lines = {}
+    for row in rows_of("transfer"):
+        tests = [[line for line in tuned["log"] if "test_top1" in line] for tuned, _ in found("transfer", row, records)]
+        if len(tests) == TABLES["transfer"][1]:
+            lines[row[0]] = [(some[0]["images"] / 1000, [line["test_top1"] for line in some]) for some in zip(*tests)]
+    plot(left, "250 images a class, 8 epochs (a dot: a seed)", "thousands of images seen", lines)
+    lines = {}
+    for row in rows_of("length"):
+        if pairs := found("length", row, records):
+            point = pairs[0][0]["settings"]["epochs"], last_tests(pairs)
+            lines.setdefault(row[0].partition(" / ")[2], []).append(point)
+    plot(right, "all 50,000 images (a dot: a training)", "epochs of fine-tuning", lines)
     figure.savefig(path, dpi=130)
 
 
 def draw_learned(path, records):
     """What pre-training learned of its own task, and what that is worth: a dot for each row of the paper's tables."""
-    figure, [axis] = figure_of(1, 7.5, 5)
+    figure, [axis] = panels(1, 7.5, 5)
     rows = {}                   # of the run's name, as a row may be in several tables: the one with most seeds
     for table in sorted(TABLES, key=lambda table: TABLES[table][1]):
-        for row in TABLES[table][-1]:
+        for row in rows_of(table):
             if TABLES[table][3] == BRIEF and found(table, row, records):
-                *_, run = commands(table, row, 0)
-                rows[run] = table, row
+                rows[names(table, *row[2:], 0)[1]] = table, row
     for table, row in rows.values():
         pairs = found(table, row, records)
-        top1 = statistics.mean(last(tested) for tested, _ in pairs)
-        if row[2] is None:
+        top1, own = statistics.mean(last_tests(pairs)), own_task(pairs)
+        if own is None:
             axis.axhline(top1, color="grey", ls="--")
             axis.annotate("from scratch", (70, top1), va="bottom", color="grey", fontsize=8)
             continue
-        own = statistics.mean(start["log"][-1]["top1"] for _, start in pairs)
         axis.plot(own, top1, "C0o", ms=5, alpha=0.6)
         if top1 < 29:           # above, the dots are too close for labels
             shift, side = (-5, "right") if own > 80 else (5, "left")
@@ -369,69 +322,22 @@ def draw_learned(path, records):
     figure.savefig(path, dpi=130)
 
 
-def curves(table, records):
-    """Test accuracy over the course of fine-tuning: the lines of a panel, of rows with all seeds."""
-    lines = {}
-    for row in TABLES[table][-1]:
-        tests = [[line for line in tested["log"] if "test_top1" in line] for tested, _ in found(table, row, records)]
-        if len(tests) == TABLES[table][1]:
-            lines[row[0]] = [(some[0]["images"] / 1000, [line["test_top1"] for line in some]) for some in zip(*tests)]
-    return lines
-
-
-def ends(table, records):
-    """Test accuracy at the end over the epochs of fine-tuning, of a grid: the lines of a panel."""
-    lines = {}
-    for row in TABLES[table][-1]:
-        tested = [tested for tested, _ in found(table, row, records)]
-        if tested:
-            point = tested[0]["settings"]["epochs"], [last(record) for record in tested]
-            lines.setdefault(row[0].partition(" / ")[2], []).append(point)
-    return lines
-
-
-def draw_figures(records):
-    draw(HERE / "transfer.png", [
-        ("250 images a class, 8 epochs (a dot: a seed)", "thousands of images seen", curves("transfer", records)),
-        ("all 50,000 images (a dot: a training)", "epochs of fine-tuning", ends("length", records))])
-    draw_learned(HERE / "learned.png", records)
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*", metavar="TABLE", help=f"of {', '.join(TABLES)}, search; default: all")
-    parser.add_argument("--plan", action="store_true", help="print the commands of what is missing")
-    parser.add_argument("--run", action="store_true", help="run them")
+    parser.add_argument("tables", nargs="*", metavar="TABLE",
+                        help=f"of {', '.join(TABLES)}, search; default: all")
     parser.add_argument("--keep", type=Path, metavar="FOLDER", help="keep the records of the runs under it")
-    parser.add_argument("--data", default="--data cifar100", help="flags: where CIFAR-100 is")
-    parser.add_argument("--workers", type=int, default=2, help="runs at a time")
     args = parser.parse_args()
-    if unknown := {*args.names} - {*TABLES, *["search"] * (not args.plan and not args.run)}:
+    if unknown := {*args.tables} - {*TABLES, "search"}:
         parser.error(f"no table {', '.join(unknown)}; there are {', '.join(TABLES)}, search")
-    records = read_records()
-    names = [name for name in args.names or TABLES if name in TABLES]
-    if args.workers < 1:
-        parser.error("--workers: one or more")
     if args.keep:
-        if not args.keep.is_dir():
-            parser.error(f"--keep {args.keep}: is no folder")
-        for file in sorted(args.keep.rglob("curve.png")):       # a run draws it when it ends
-            name = str(file.parent.relative_to(args.keep))
-            if name not in records:
-                keep(file.parent, name)
-    elif args.plan or args.run:
-        runs = plan(names, records)
-        if args.run:
-            run_all(runs, args.data, args.workers)
-        else:
-            print(*(f"{command} --out {RUNS}/{name}" for name, command in runs.items()), sep="\n")
-    else:
-        for name in names:
-            show(name, records)
-        if not args.names or "search" in args.names:
-            show_search(records)
-        if not args.names:
-            draw_figures(records)
+        return keep(args.keep)
+    records = read_records()
+    for table in args.tables or [*TABLES, "search"]:
+        show_search(records) if table == "search" else show(table, records)
+    if not args.tables:
+        draw_transfer(HERE / "transfer.png", records)
+        draw_learned(HERE / "learned.png", records)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,7 @@
 """Figures of what is drawn: python results/figures.py [FLAGS of `onepfrac.py render`]
 
+fractal.gif  the base fractal on a closed walk through its cube of eps
+strip.png    the base fractal, eight classes, and what the network sees of such classes
 fig2b.png    the paper's Fig. 2b: rows of Delta, seven perturbations and the mean of 100
 fig2c.png    the paper's Fig. 2c: columns of sigma, for four fractals
 fig4.png     the paper's Fig. 4: a grid and a photograph, warped
@@ -8,6 +10,7 @@ saw.png      what the network sees: the first images of the first pre-training b
 
 All are drawn as recipe `nano` draws them, unless flags say something else (`--canvas 256 --points 40000`).
 """
+import math
 import sys
 from pathlib import Path
 from unittest import mock
@@ -15,6 +18,7 @@ from unittest import mock
 import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
+from PIL import Image
 from torchvision.utils import make_grid, save_image
 
 HERE = Path(__file__).resolve().parent
@@ -59,6 +63,34 @@ def images(flags):
     return op.source_data(settings(flags)).images
 
 
+def fractal(path):
+    """Each number of eps goes up and down within its side of the cube, once around, with a phase of its own."""
+    args = settings("")
+    base = op.base_ifs(args.num_maps, args.sigma, args.fractal_seed)
+    phase = 2 * math.pi * torch.rand(base.shape, generator=op.seeded(0, "walk"))
+    time = 2 * math.pi * torch.arange(48).view(-1, 1, 1, 1) / 48
+    maps, probs = base + args.delta / 2 * (time + phase).cos(), base[..., :2].det().abs()
+    drawn = op.render_ifs(maps, 256, 100_000, dilated=False, generator=op.seeded(0), probs=probs)
+    frames = [Image.fromarray((image > 0).numpy()) for image in drawn]              # black and white
+    frames[0].save(path.with_suffix(".gif"), save_all=True, append_images=frames[1:], duration=80, loop=0)
+    print(path.with_suffix(".gif"))
+
+
+def strip(path):
+    """With Delta as asked, but no eps for the first picture."""
+    panels = [("the fractal", images("--delta 0 --L 2")[:1], 1), ("eight classes: plus eps", images("--L 8")[:8], 4),
+              ("what the network sees of them", (255 * first_batch()[:8]).to(torch.uint8), 4)]
+    figure = Figure(figsize=(12, 2.9), layout="constrained")
+    axes = figure.subplots(1, 3, width_ratios=[1, 2, 2])
+    for axis, (title, drawn, columns) in zip(axes, panels):
+        grey = drawn.view(len(drawn), -1, *drawn.shape[-2:]).expand(-1, 3, -1, -1) / 255
+        axis.imshow(make_grid(grey, columns, pad_value=0.5).permute(1, 2, 0), interpolation="nearest")
+        axis.set_title(title)
+        axis.axis("off")
+    figure.savefig(path, dpi=125)
+    print(path)
+
+
 def fig2b(path):
     rows = []
     for delta in (0.001, 0.01, 0.05, 0.1, 0.2, 1.0):
@@ -97,19 +129,23 @@ def sources(path):
          [(label, images(f"--L 16 {flags}")[:8]) for label, flags in SOURCES.items()])
 
 
-def saw(path):
-    """The first half of samples.png in the folder of README's first command, four times as large."""
+def first_batch():
+    """The images of samples.png in the folder of README's first command, (B, 3, S, S) in 0..1."""
     args = settings("", "pretrain --device cpu")
     data = op.source_data(args)
     augment = op.make_augment(args, args.L, flip=(0.5 * args.flip,) * 2, erase=0.5 * args.erase)
     i = op.batch_indices(len(data), args.batch_size, 0, args.seed)
     torch.manual_seed(op.seed_for(args.seed, "step", 0, 0))
     x, _ = augment(*data[i])
-    x = F.interpolate(x[:32] / 2 + 0.5, scale_factor=4)             # mean and standard deviation are 0.5
-    save_image(x, path, nrow=8, padding=4, pad_value=1)
+    return (x / 2 + 0.5).clamp(0, 1)                                                # mean, standard deviation: 0.5
+
+
+def saw(path):
+    """Half of samples.png, four times as large."""
+    save_image(F.interpolate(first_batch()[:32], scale_factor=4), path, nrow=8, padding=4, pad_value=1)
     print(path)
 
 
 if __name__ == "__main__":
-    for figure in (fig2b, fig2c, fig4, sources, saw):
+    for figure in (fractal, strip, fig2b, fig2c, fig4, sources, saw):
         figure(Path(settings("").out) / f"{figure.__name__}.png")

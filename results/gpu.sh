@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # One command for a machine with a GPU and little time: bash results/gpu.sh SECONDS [PART ...]
-# SECONDS (540): all has ended by then. PART: check, speed, train, extras; by default all. What they do: results/gpu.py.
+# SECONDS (540): all has ended by then. PART: check, speed, train; by default all. What they do: results/gpu.py.
 # In the environment:
 #   OUT      folder of the results (runs/gpu/out); WORK  of all else, emptied at the start (runs/gpu/work)
 #   DATA     folder with train/ and test/, in each a folder for a class (data/cifar100). If there is none,
@@ -9,8 +9,6 @@
 #   DEVICE   cuda, or cpu: the same path with small numbers, to test this script;  PYTHON  (python3)
 # A copy without .git names its commit in a file COMMIT: git describe --always --dirty > COMMIT
 cd "$(dirname "$0")/.." || exit
-# Several processes share the cores. One that forks must neither have threads nor start CUDA by asking for it.
-export OMP_NUM_THREADS=${OMP_NUM_THREADS:-8} OPENBLAS_NUM_THREADS=1 TORCHINDUCTOR_COMPILE_THREADS=8 \
-    GOMP_SPINCOUNT=10000 PYTORCH_NVML_BASED_CUDA_CHECK=1
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-8} GOMP_SPINCOUNT=10000
 seconds=${1:-540}
-exec timeout -k 5 $((seconds + 5)) "${PYTHON:-python3}" results/gpu.py "$seconds" "${@:2}"
+exec timeout -k 5 "$((seconds + 5))" "${PYTHON:-python3}" results/gpu.py "$seconds" "${@:2}"

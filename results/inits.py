@@ -2,7 +2,11 @@
 
 Two ways to set attention and positions by hand, each explained at its function; all else is as from scratch.
 `finetune --ckpt OUT.pt` starts from the result, so it can be compared with pre-training: is the fractal more than a
-better initialisation? For other weights, give both commands another --seed.
+better initialisation? For other weights, give both commands another --seed. README's row:
+
+    python results/inits.py mimetic runs/mimetic.pt --seed 0
+    python onepfrac.py finetune --train-per-class 250 --seed 0 --ckpt runs/mimetic.pt \\
+        --out runs/reproduce/train-per-class-250/mimetic/0
 """
 import sys
 from pathlib import Path

@@ -1,374 +1,185 @@
-"""How fast onepfrac is, beside the machine's limits and beside what one would use instead:
+"""Where the numbers on speed in onepfrac.py and in README.md come from, one thread or as many as OMP_NUM_THREADS says:
 
-    python results/speed.py [NAME ...]                      # a line of JSON for each NAME, by default for all
-    python results/speed.py limits --flags="--recipe small" # flags of pretrain
-    python results/speed.py generator --authors FOLDER      # the src folder of SUPER-TADORY/1p-frac's generator
+    python results/speed.py nano      # all steps of nano's pre-training, beside its older setting (21,000 of AdamW)
+    python results/speed.py tricks    # what section G says: each plain way beside the one that the file has
 
-limits        every part beside a limit of the machine: rendering, augmentation, the training step, whole pre-training,
-              and drawing and pre-training on every source
-rendering     a compiled chaos game, point by point (numba, where it is installed), each in a process of its own
-generator     the authors' generator, one image
-augmentation  timm's transforms and PIL in a DataLoader over rendered PNG files (timm, where it is installed)
-step          the training step of timm's Vision Transformer, the same shapes (timm, where it is installed)
-nano          all training steps of nano's pre-training, and of its older setting (21,000 of AdamW, in batches of 64)
-memory        what rendering 21,000 images needs besides the images
-scaling       rendering at twice the points, images, pixels; pre-training with L = 21,000 against 1,000
-
-Ways that are compared take turns in one run on the same cores. `limits` runs on a GPU where there is one, the others
-on the CPU.
+A line of JSON each. Ways that are compared take turns on the same cores; the fastest of several rounds counts.
 """
 import argparse
-import contextlib
-import io
 import json
-import multiprocessing
-import platform
-import resource
 import subprocess
 import sys
 import tempfile
 import time
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
-import numpy as np
 import torch
-from torch.utils.flop_counter import FlopCounterMode
+import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
 import onepfrac as op
-from figures import SOURCES, parse
-
-try:
-    import numba
-    compiled = numba.njit(parallel=True, fastmath=True)
-except ImportError:
-    numba, compiled = None, lambda function: function
-try:
-    import timm
-    import timm.data
-except ImportError:
-    timm = None
-prange = numba.prange if numba else range
 
 
-@compiled
-def compiled_loop(maps, cumulative, uniforms, size, margin, images):
-    for image in prange(len(maps)):
-        np.random.seed(image)
-        points = len(uniforms)
-        xs, ys = np.empty(points, np.float32), np.empty(points, np.float32)
-        x = y = np.float32(0)
-        for t in range(points):
-            j = 0
-            while uniforms[t] > cumulative[j]:
-                j += 1
-            w = maps[image, j]
-            x, y = w[0, 0] * x + w[0, 1] * y + w[0, 2], w[1, 0] * x + w[1, 1] * y + w[1, 2]
-            xs[t], ys[t] = x, y
-        low_x, low_y = xs.min(), ys.min()
-        scale_x = (size - 1 - 2 * margin) / (xs.max() - low_x)
-        scale_y = (size - 1 - 2 * margin) / (ys.max() - low_y)
-        for t in range(points):
-            column = int((xs[t] - low_x) * scale_x) + margin
-            row = size - 1 - margin - int((ys[t] - low_y) * scale_y)
-            mask = np.random.randint(1, 512)
-            for k in range(9):
-                images[image, row - 1 + k // 3, column - 1 + k % 3] = 127 * ((mask >> k) & 1)
-
-
-def take_turns(ways, rounds):
+def take_turns(ways, rounds=7):
     """Each function once, not counted, then all of them in turn -> {name: seconds of each round}."""
     seconds = {name: [] for name in ways}
     for _ in range(rounds + 1):
         for name, function in ways.items():
             start = time.perf_counter()
             function()
-            seconds[name].append(round(time.perf_counter() - start, 4))
+            seconds[name].append(round(time.perf_counter() - start, 5))
     return {name: times[1:] for name, times in seconds.items()}
 
 
-def last_line(folder):
-    return json.loads((Path(folder) / "log.jsonl").read_text().splitlines()[-1])
-
-
-def ratio(seconds, slow, fast):
-    return round(min(seconds[slow]) / min(seconds[fast]), 2)
-
-
-def pretraining(flags, *more):
-    """Settings of a pre-training whose last line of the log is about its last 20 steps."""
-    return parse(["pretrain", "--steps", "40", "--log-every", "20", *flags.split(), *more])
-
-
-def flops(model, args, x, target):
-    """Operations of a training step."""
-    with FlopCounterMode(display=False) as count:
-        op.train_step(model, op.make_optimizer(model, args), x, target, args.lr, args)
-    return count.get_total_flops()
-
-
-def limits(options):
-    """images/s of every part, and which share of a limit that is: of the time to read and write its data once, of a
-    matrix product with as many operations, or, for whole pre-training, of the bare step."""
-    args = pretraining(options.flags)
-    cuda = args.device == "cuda"
-    S, B = args.canvas, args.batch_size
-
-    def rate(function, work):                   # a second, the median over at least one
-        times = 20 if cuda else 1               # a GPU is waited for once in 20 calls
-        function()
-        seconds = []
-        while sum(seconds) < 1:
-            began = time.perf_counter()
-            for _ in range(times):
-                function()
-            if cuda:
-                torch.cuda.synchronize()
-            seconds.append(time.perf_counter() - began)
-        return times * work / sorted(seconds)[len(seconds) // 2]
-
-    def whole(flags=""):
-        with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
-            settings = pretraining(f"{options.flags} {flags}", "--out", folder)
-            with op.open_run(settings):
-                op.pretrain(settings)
-            return last_line(folder)["images_per_s"]
-
-    def share(speed, limit):
-        return dict(images_per_s=round(speed, 1), share=round(speed / limit, 3))
-
-    whole()                                     # warms up
-    unit = 1 if sys.platform == "darwin" else 1024
-    peak = torch.cuda.max_memory_allocated() if cuda else (
-        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)
-    data = torch.ones(2, 2 ** 28, dtype=torch.uint8, device=args.device)
-    copy = rate(lambda: data[0].copy_(data[1]), data[0].numel())
-    dtype = torch.bfloat16 if args.precision == "bf16" else torch.float32
-    square = torch.randn(2, *2 * [8192 if cuda else 2048], device=args.device).to(dtype)
-    product = rate(lambda: square[0] @ square[1], 2 * square.shape[1] ** 3)
-    del data, square
-
-    maps, probs = (t.to(args.device) for t in fractals(1000, args.delta))
-    render = rate(lambda: ours(maps, probs), len(maps))
-
-    model = op.make_model(args, args.L).to(args.device)
-    augment = op.make_augment(args, args.L, flip=(0.5 * args.flip,) * 2, erase=0.5 * args.erase)
-    images = torch.full((B, S, S), op.GREY, dtype=torch.uint8, device=args.device)
-    labels = torch.arange(B, device=args.device) % args.L
-    augmented = rate(lambda: augment(images, labels), B)
-
-    x, target = augment(images, labels)
-    operations, optimizer = flops(model, args, x, target), op.make_optimizer(model, args)
-    network = op.accelerate(model, args)
-    turns = [(rate(lambda: op.train_step(network, optimizer, x, target, args.lr, args), B), whole())
-             for _ in range(3)]
-    bare, trained = (max(speeds) for speeds in zip(*turns))
-
-    sources = {}
-    for label, flags in SOURCES.items():
-        source = op.source_data(pretraining(f"{options.flags} {flags}"))
-        some, began = torch.arange(min(len(source), 64)), time.perf_counter()
-        source.draw(some).sum().item()          # a GPU is done by then
-        drawn = len(some) / (time.perf_counter() - began)
-        sources[label] = dict(drawn_per_s=round(drawn), trained_per_s=round(whole(flags)))
-    return dict(
-        device=args.device, processor=torch.cuda.get_device_name() if cuda else platform.machine(), recipe=args.recipe,
-        flags=options.flags, precision=args.precision, peak_gb=round(peak / 1e9, 2),
-        copy_gb_per_s=round(copy / 1e9, 1), product_tflop_per_s=round(product / 1e12, 3),
-        render=share(render, copy / (16 * 100_000 + 512 ** 2)),    # points are written and read, pixels written
-        augment=share(augmented, copy / (S ** 2 + 12 * args.img_size ** 2)),
-        step=share(bare, product * B / operations), pretrain=share(trained, bare), sources=sources)
-
-
-def fractals(images, delta=0.05):
-    base = op.base_ifs(2, 3.5, 32)
-    return op.perturb(base, delta, images, torch.Generator().manual_seed(0)), base[..., :2].det().abs()
-
-
-def ours(maps, probs, points=100_000, size=512):
-    return op.stamp(op.render_ifs(maps, size, points, generator=torch.Generator().manual_seed(0), probs=probs))
-
-
-def render_loop(threads, images=1000, points=100_000, size=512):
-    maps, probs = fractals(images)
-    uniforms = np.random.default_rng(0).random(points, np.float32)
-    cumulative = (probs / probs.sum()).cumsum(0).numpy()
-    cumulative[-1] = 2
-    numba.set_num_threads(threads)
-    op.keep_memory()
-    start = time.perf_counter()
-    compiled_loop(maps.numpy(), cumulative, uniforms, size, 6, np.zeros((images, size, size), np.uint8))
-    return time.perf_counter() - start
-
-
-def render_ours(threads, images=1000):
-    maps, probs = fractals(images)
-    torch.set_num_threads(threads)
-    op.keep_memory()
-    start = time.perf_counter()
-    ours(maps, probs)
-    return time.perf_counter() - start
-
-
-def rendering(args, rounds=7):
-    """1,000 images of 512, 100,000 points. Two libraries' threads in one process would hinder each other."""
-    if not numba:
-        return dict(skipped="numba is not installed")
-    result = dict(numba=numba.__version__)
-    spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, spawn) as one, ProcessPoolExecutor(1, spawn) as other:
-        for n in sorted({1, torch.get_num_threads()}):
-            turns = [(one.submit(render_loop, n).result(), other.submit(render_ours, n).result())
-                     for _ in range(rounds + 1)][1:]                # the first compiles
-            loop, batched = (sorted(round(t, 3) for t in times) for times in zip(*turns))
-            result[f"{n} threads"] = dict(numba=loop, onepfrac=batched, numba_over_onepfrac=round(
-                loop[rounds // 2] / batched[rounds // 2], 2))
-    return result
-
-
-def generator(args):
-    if not args.authors:
-        return dict(skipped="--authors FOLDER was not given")
-    sys.path.insert(0, args.authors)
-    from ifs_function import ifs_function
-    maps, probs = fractals(1, 0.0)
-    numbers = torch.cat([maps[0, :, :, :2].flatten(1), maps[0, :, :, 2], (probs / probs.sum()).view(-1, 1)], 1)
-
-    def theirs():
-        drawing = ifs_function(0.0, 0.0, "", "", "")
-        for map_numbers in numbers.tolist():
-            drawing.set_param(*map_numbers)
-        drawing.calculate(100_000)
-        assert drawing.draw_patch(512, 512, 6, 6, "gray", 0, 0.05, imgsave=False)
-
-    many = fractals(200)[0]
-    seconds = take_turns({"authors": theirs, "one": lambda: ours(maps, probs), "200": lambda: ours(many, probs)}, 3)
-    return dict(seconds=seconds, alone=ratio(seconds, "authors", "one"),
-                one_of_many=round(200 * min(seconds["authors"]) / min(seconds["200"]), 1))
-
-
-def augmentation(args, images=2048):
-    """nano's sizes, every switch on: 128 to 32 pixels, crop, flips, RandAugment, erasing; ours stamps a new texture.
-
-    (Without RandAugment's mstd0.5: newer versions of PIL refuse the 0 bits that timm's posterize then asks for.)
-    """
-    if not timm:
-        return dict(skipped="timm is not installed")
-    from PIL import Image
-    from torchvision.datasets import ImageFolder
-    maps, probs = fractals(64)
-    whole = op.render_ifs(maps, 128, 20_000, generator=torch.Generator().manual_seed(0), probs=probs)
-    i = torch.arange(images) % len(maps)
-    augment = op.Augment(32, len(maps), mixup=0, cutmix=0)
-    with tempfile.TemporaryDirectory() as folder:
-        Path(folder, "0").mkdir()
-        for k, image in enumerate(op.stamp(whole[i])):
-            Image.fromarray(image.numpy()).convert("RGB").save(f"{folder}/0/{k}.png")
-        transform = timm.data.create_transform(
-            32, is_training=True, auto_augment="rand-m9-inc1", color_jitter=0.4, re_prob=0.5, re_mode="pixel",
-            hflip=0.5, vflip=0.5, interpolation="bicubic", mean=(0.5,) * 3, std=(0.5,) * 3)
-        loader = torch.utils.data.DataLoader(ImageFolder(folder, transform), 64, shuffle=True, drop_last=True,
-                                             num_workers=torch.get_num_threads(), persistent_workers=True)
-
-        def device():
-            for batch in i.split(64):
-                augment(op.stamp(whole[batch]), batch)
-
-        seconds = take_turns({"timm": lambda: [None for _ in loader], "onepfrac": device}, 3)
-    return dict(timm=timm.__version__, images=images, workers=torch.get_num_threads(), seconds=seconds,
-                images_per_s={name: round(images / min(times)) for name, times in seconds.items()},
-                onepfrac_over_timm=ratio(seconds, "timm", "onepfrac"))
-
-
-def step(args):
-    if not timm:
-        return dict(skipped="timm is not installed")
-    result = dict(timm=timm.__version__)
-    for model, size, patch, batch in (("vit_nano", 32, 4, 64), ("vit_tiny", 32, 4, 32), ("vit_tiny", 224, 16, 16)):
-        for precision in ("bf16", "fp32"):
-            dim, depth, heads = op.MODELS[model]
-            shapes = dict(img_size=size, patch_size=patch, num_classes=1000)
-            settings = argparse.Namespace(precision=precision, clip_grad=0, optimizer="adamw", lr=1e-3,
-                                          weight_decay=0.05)
-            x, target = torch.randn(batch, 3, size, size), torch.full((batch, 1000), 1e-3)
-
-            def steps(network):
-                optimizer = op.make_optimizer(network, settings)
-                return lambda: [op.train_step(network, optimizer, x, target, 1e-3, settings) for _ in range(5)]
-
-            seconds = take_turns({
-                "timm": steps(timm.models.VisionTransformer(embed_dim=dim, depth=depth, num_heads=heads, **shapes)),
-                "onepfrac": steps(op.ViT(dim=dim, depth=depth, heads=heads, **shapes))}, 5)
-            result[f"{model} at {size}/{patch}, batch {batch}, {precision}"] = dict(
-                seconds=seconds, onepfrac_over_timm=ratio(seconds, "timm", "onepfrac"))
-    return result
-
-
-def nano(args, some=20):
+def nano(some=20):
     """Minutes of the bare steps, from `some` of them at a time."""
     ways = {"nano": "", "adamw": "--optimizer adamw --lr 1e-3 --batch-size 64 --steps 21000"}
-    settings = {name: parse(["pretrain", *flags.split()]) for name, flags in ways.items()}
+    settings = {name: op.parse(["pretrain", *flags.split()]) for name, flags in ways.items()}
 
     def steps(args):
         model = op.make_model(args, args.L)
-        x, target = torch.randn(args.batch_size, 3, 32, 32), torch.arange(args.batch_size) % args.L
-        optimizer = op.make_optimizer(model, args)
+        x = torch.randn(args.batch_size, 3, args.img_size, args.img_size)
+        target, optimizer = torch.arange(args.batch_size) % args.L, op.make_optimizer(model, args)
         return lambda: [op.train_step(model, optimizer, x, target, args.lr, args) for _ in range(some)]
 
-    seconds = take_turns({name: steps(args) for name, args in settings.items()}, 7)
+    seconds = take_turns({name: steps(args) for name, args in settings.items()})
     minutes = {name: round(min(times) / some * settings[name].steps / 60, 2) for name, times in seconds.items()}
     return dict(seconds=seconds, minutes=minutes, nano_over_adamw=round(minutes["nano"] / minutes["adamw"], 3))
 
 
-def memory(args, images=21_000):
-    """The largest memory a process of its own had, less that of the same process with one image."""
-    # getrusage would count what this process, the child's parent, had: Linux hands it down
-    program = ("import sys; sys.argv[1:] = []; sys.path.insert(0, {0!r}); import speed; "
-               "maps, probs = speed.fractals({1}); speed.op.keep_memory(); speed.ours(maps, probs, {2}, {3}); "
-               "print(1024 * int(open('/proc/self/status').read().split('VmHWM:')[1].split()[0]))")
+# ---- The plain ways
 
-    def peak(*sizes):
-        command = [sys.executable, "-c", program.format(str(Path(__file__).parent), *sizes)]
-        return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1])
+def in_a_loop(x, number, level):
+    """`apply_op`, each kind with a selection of its own."""
+    moves = torch.tensor([*op.MOVES.values()])
+    x = x.clone()
+    for k in range(op.NONE):
+        some = (number == k).nonzero()[:, 0]
+        if len(some):
+            index, amount = (t.to(x.device, non_blocking=True) for t in (some, level[some]))
+            if k < len(op.OPS):
+                x[index] = [*op.OPS.values()][k](x[index], amount.view(-1, 1, 1, 1))
+            else:
+                by = moves[k - len(op.OPS)].to(x.device, non_blocking=True)
+                x[index] = op.move(x[index], by * amount[:, None])
+    return x
 
-    result = {}
-    for size, points in ((512, 100_000), (128, 20_000)):
-        above = peak(images, points, size) - images * size ** 2 - peak(1, points, size)
-        result[f"{images} images of {size}, {points} points"] = dict(
-            images_gib=round(images * size ** 2 / 2 ** 30, 2), above_gib=round(above / 2 ** 30, 2))
-    return result
+
+class OneByOne(op.Muon):
+    """Muon that moves each matrix by itself."""
+
+    def move(self, matrices, **group):
+        for p in matrices:
+            super().move([p], **group)
 
 
-def scaling(args):
-    maps, probs = fractals(400)
-    sizes = {"base": (200, 100_000, 512), "twice the points": (200, 200_000, 512),
-             "twice the images": (400, 100_000, 512), "twice the pixels": (200, 100_000, 724)}
-    seconds = take_turns({name: lambda n=n, p=points, s=size: ours(maps[:n], probs, p, s)
-                          for name, (n, points, size) in sizes.items()}, 5)
-    rates = {"1000": [], "21000": []}
-    for _ in range(3):
-        for L, found in rates.items():
-            with tempfile.TemporaryDirectory() as folder:
-                command = [sys.executable, op.__file__, "pretrain", "--recipe", "nano", "--device", "cpu", "--L", L,
-                           "--steps", "100", "--log-every", "50", "--out", folder]
-                subprocess.run(command, capture_output=True, check=True)
-                found.append(last_line(folder)["images_per_s"])
-    return dict(seconds=seconds, times={name: ratio(seconds, name, "base") for name in sizes},
-                pretraining_images_per_s_by_L=rates, L_21000_over_1000=round(max(rates["21000"]) / max(rates["1000"]), 3))
+class Fused(op.Attention):
+    """Attention as it is on a GPU."""
+
+    def forward(self, x):
+        B, N, D = x.shape
+        q, k, v = self.qkv(x).view(B, N, 3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)
+        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(B, N, D))
+
+
+def plain_orthogonalise(x, steps=5):
+    wide = x if x.shape[1] <= x.shape[2] else x.mT
+    wide = wide / wide.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+    for _ in range(steps):
+        gram = wide @ wide.mT
+        wide = 3.4445 * wide + (-4.7750 * gram + 2.0315 * (gram @ gram)) @ wide
+    return wide if x.shape[1] <= x.shape[2] else wide.mT
+
+
+def optimizer_step(kind, device="cpu", model="vit_nano", dtype=torch.bfloat16):
+    """A function: one step of Muon, of a class of it, on all matrices in the blocks of a network."""
+    blocks = op.ViT(32, 8, 10, *op.MODELS[model]).blocks.to(device)
+    matrices = [p for p in blocks.parameters() if p.ndim == 2]
+    grads, optimizer = [torch.randn_like(p) for p in matrices], kind([dict(params=matrices, muon_dtype=dtype)], 1e-3)
+
+    def step():
+        for p, grad in zip(matrices, grads):
+            p.grad = grad
+        optimizer.step()
+    return step
+
+
+def forwards_and_back(attention):
+    """A function: attention at nano's shapes in bf16."""
+    x, module = torch.randn(128, 17, 96, requires_grad=True), attention(96, 3)
+
+    def both():
+        with torch.autocast("cpu", torch.bfloat16):
+            y = module(x)
+        y.float().sum().backward()
+    return both
+
+
+class Operations(TorchDispatchMode):
+    """Counts the operations in its block."""
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += 1
+        return function(*args, **(kwargs or {}))
+
+
+def randaug_operations(apply, batch=256):
+    """Of RandAugment on a batch as in recipe paper, where each kind occurs."""
+    with op.mock.patch.object(op, "apply_op", apply), Operations() as counter:
+        torch.manual_seed(0)
+        op.rand_augment(torch.zeros(batch, 1, 16, 16))
+    return counter.count
+
+
+def seconds_of_training(remember, steps=100):
+    """CPU time of some of nano's pre-training, in a process that keeps its memory or does not."""
+    with tempfile.TemporaryDirectory() as folder:
+        code = (f"import onepfrac as op, sys, time; {'op.keep_memory();' * remember} began = time.process_time(); "
+                "op.main(sys.argv[1:]); print(time.process_time() - began)")
+        words = f"pretrain --device cpu --steps {steps} --log-every {steps} --out {folder}/run".split()
+        done = subprocess.run([sys.executable, "-c", code, *words], cwd=HERE.parent, capture_output=True, check=True)
+        return float(done.stdout.split()[-1])
+
+
+def bytes_of_a_dot(images=(16, 64), points=100_000):
+    """What more images at once take besides themselves, for each of their dots. The peak of a process of its own."""
+    code = ("import sys; sys.path.insert(0, {!r}); import onepfrac as op; op.keep_memory(); "
+            "op.render_ifs(op.base_ifs(2, 3.5, 32).expand({}, 2, 2, 3), points={}); "
+            "print(1024 * int(open('/proc/self/status').read().split('VmHWM:')[1].split()[0]))")
+    few, many = (int(subprocess.run([sys.executable, "-c", code.format(str(HERE.parent), n, points)],
+                                    capture_output=True, text=True, check=True).stdout) for n in images)
+    return round((many - few) / ((images[1] - images[0]) * points) - 512 ** 2 / points, 1)
+
+
+def tricks():
+    table, rows = torch.randn(2, 2, 3, 64), torch.randint(2, (200,))    # 64 systems, 200 orbits
+    images, matrices = torch.full((64, 128, 128), op.GREY, dtype=torch.uint8), torch.randn(6, 96, 288)
+    pairs = {   # the plain way, the one in onepfrac.py
+        "chaos_game: table[rows], index_select": (lambda: table[rows], lambda: table.index_select(0, rows)),
+        "stamp: random_(2), 64 coins of a number": (
+            lambda: images * torch.empty_like(images).random_(2), lambda: op.stamp(images)),
+        "Attention: fused, written out": (forwards_and_back(Fused), forwards_and_back(op.Attention)),
+        "Muon: one by one, all at once": (optimizer_step(OneByOne), optimizer_step(op.Muon)),
+        "orthogonalise: plain, baddbmm": (lambda: plain_orthogonalise(matrices), lambda: op.orthogonalise(matrices)),
+    }
+    found = {}
+    for name, (plain, fast) in pairs.items():
+        seconds = take_turns({k: lambda way=way: [way() for _ in range(20)] for k, way in enumerate((plain, fast))})
+        found[name] = round(min(seconds[0]) / min(seconds[1]), 2)
+    pairs = [(seconds_of_training(False), seconds_of_training(True)) for _ in range(3)]
+    found["keep_memory: CPU seconds without, with"] = [round(min(some), 1) for some in zip(*pairs)]
+    found["apply_op: operations in a loop, sorted"] = [randaug_operations(in_a_loop), randaug_operations(op.apply_op)]
+    found["render_ifs: bytes of a dot"] = bytes_of_a_dot()
+    return dict(plain_over_fast=found)
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    every = dict(limits=limits, rendering=rendering, generator=generator, augmentation=augmentation, step=step,
-                 nano=nano, memory=memory, scaling=scaling)
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(every)}")
-    parser.add_argument("--authors", metavar="FOLDER")
-    parser.add_argument("--flags", default="", help="of pretrain, for limits")
-    args = parser.parse_args()
+    parser.add_argument("names", nargs="+", choices=("nano", "tricks"))
     op.keep_memory()
-    for name in args.names or every:
-        if name not in every:
-            parser.error(f"NAME {name}: there is {', '.join(every)}")
+    for name in parser.parse_args().names:
         print(json.dumps(dict(measured=name, threads=torch.get_num_threads(), torch=torch.__version__) |
-                         every[name](args)), flush=True)
+                         {"nano": nano, "tricks": tricks}[name]()), flush=True)

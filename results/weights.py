@@ -21,7 +21,7 @@ import onepfrac as op
 def pretext_accuracy(path, settings, images, seed):
     """Top-1 in percent of the weights in `path` on `images` newly augmented images of the run with these settings."""
     args = argparse.Namespace(**settings)
-    args.device, args.precision, args.rank, args.world = "cpu", "fp32", 0, 1
+    args.device, args.precision = "cpu", "fp32"
     args.mixup = args.cutmix = False            # a mixed image has two answers
     data = op.source_data(args)
     model = op.make_model(args, args.L).eval()
