@@ -13,9 +13,10 @@ parameters, one fractal, is all of it. The idea:
 
 These commands use the default recipe, nano: 64 classes, a network of 0.7 million parameters, images
 of 32x32 pixels, minutes on two CPU cores. Their result on the test set, three seeds: top-1 42.9%
-from the fractal (standard deviation 0.6), 36.4% (0.3) from scratch. (results/README.md has the
-records.) The paper has 84.2% and 64.2% with all images, a larger network and a far longer training:
-`--recipe paper` has its settings.
+from the fractal (standard deviation 0.6), 36.4% (0.3) from scratch. If scratch gets the time of
+pre-training, too, it is level; with fewer images a class it is not (README). The paper has 84.2%
+and 64.2% with all images, a larger network and a far longer training: `--recipe paper` has its
+settings.
 
 Ctrl-C saves. The same command again goes on.
 
@@ -95,15 +96,16 @@ from torchvision.transforms.v2 import functional as T
 #     maps = torch.cat([0.5 * torch.eye(2).expand(3, 2, 2), corners[:, :, None]], 2)   # (3, 2, 3)
 #
 # How strongly does a system contract? A matrix A_j makes a circle of radius 1 an ellipse of radii
-# s_j1 >= s_j2, its singular values. The sigma-factor is sum_j (s_j1 + 2 s_j2). At 3 N no map
-# contracts, and there is no attractor. Why is s_j2 counted twice? No theory says so: Anderson &
+# s_j1 >= s_j2, its singular values. The map contracts if s_j1 < 1. The sigma-factor is
+# sum_j (s_j1 + 2 s_j2). We sample no singular value above 1, so it is at most 3 N, and there no map
+# contracts and there is no attractor. Why is s_j2 counted twice? No theory says so: Anderson &
 # Farrell (Improving Fractal Pre-training, WACV 2022) saw that this sum tells good pictures from bad
 # ones. (A small s_j2 flattens a copy to a line, and lines fill nothing.)
 #
 # Why sample systems of a given sigma? To ask whether complexity matters: the smaller sigma is, the
-# more "complex" the paper calls the shape. In its Table 6, of two maps, sigma 3.5 has 84.2 on
-# CIFAR-100, and 6.0 (just below it) has 81.3. Small trainings of ours show no trend: 30.8 and 30.9,
-# one seed each, where scratch has 24.3.
+# more "complex" the paper calls the shape (more structure, less of an even cloud). In its Table 6
+# sigma 3.5 has 84.2 on CIFAR-100, and 6.0, the limit of two maps, has 81.3. Trainings of ours that
+# are shorter than those above show no trend: 30.8 and 30.9, one seed each (scratch: 24.3).
 #
 # What does 3.5 look like? Shared evenly, all four singular values are 3.5 / 6 = 0.58. Then each
 # copy has 0.58^2 = 0.34 of the area of the whole. The two cannot fill it, nor can copies of copies,
@@ -171,10 +173,10 @@ def sample_ifs(num_maps, sigma, generator=None):
 # takes the whole attractor into this copy, and an endless random sequence contains every finite one
 # again and again.
 #
-# Why the first 500 steps are not drawn. (0, 0) is usually outside, and then so are the places that
-# follow. In fractals of sigma 3.5 that cover a canvas one map hardly contracts (section 1), and it
-# is picked most of the time, so it takes hundreds of steps until nothing is seen of the start. (The
-# authors' code draws them.)
+# Why the first 500 steps are not drawn. (0, 0) is usually outside, and each step only brings the
+# point closer. In fractals of sigma 3.5 that cover a canvas one map hardly contracts (section 1),
+# and it is picked most of the time, so it takes hundreds of steps until nothing is seen of the
+# start. (The authors' code draws them.)
 #
 # The same for many at once: K orbits (paths of a moving point) of each of B systems run side by
 # side, and each leaves up to 500 dots. Each orbit picks maps for itself, but orbit k uses the same
@@ -219,8 +221,8 @@ def rasterize(dots, size, low, high):
     """Dots (2, B, P) -> images (B, size, size) uint8, GREY where a dot lies, y upwards.
 
     The box from low to high (2, B) is stretched to fill the canvas but for a margin of 6 pixels in
-    512. So an image does not tell where a shape lies and how large it is. Dots that lie outside or
-    are not finite are left out.
+    512. So an image does not tell where a shape lies and how large it is. Dots that lie outside (as
+    some of the clouds in section B) or are not finite are left out.
     """
     margin = max(1, 6 * size // 512)
     last = size - 1 - 2 * margin
@@ -280,7 +282,8 @@ def stamp(images, generator=None):
 # To copy `perturb` and `lpce_loss`: import torch, torch.nn.functional as F
 #
 # In the paper's letters: I is the image of the fractal, x an image, y its label, theta are the
-# weights of the network, and v is a point of the plane. (The paper writes its point mass as delta.)
+# weights of the network, and v is a point of the plane. point(z) is the distribution of a z that is
+# always 0. (It is Dirac's delta, but we have Delta and --delta already.)
 #
 #     (6)  p_data(x, y)  = point(x - I) point(y)                    one image; y is always 0
 #     (7)  p_Delta(x, y) = mean over eps of point(x - I_eps) point(y - eps)    each eps a class
@@ -295,9 +298,9 @@ def stamp(images, generator=None):
 # additive noise and Delta = 0.1, are the paper's.)
 #
 # Is there a picture for each eps? Nearly half of the perturbations of the default fractal have a
-# map that stretches in one direction (a singular value above 1). They still have an attractor: a
-# long random sequence of the maps contracts on average. (Now and then the sequence throws a dot far
-# out, and then the picture is smaller.)
+# map that stretches in one direction (a singular value above 1). What section 1 says holds only if
+# every map contracts. But here a long random sequence of the maps contracts on average, and so the
+# dots still settle to one shape. (Now and then a dot lies far out, and the rest is drawn smaller.)
 #
 # What is Delta for? As Delta goes to 0 the data become one single image. So with Delta the paper
 # asks how narrow data may be before pre-training fails: in its Table 5 it fails at 0.01 and below.
@@ -324,11 +327,11 @@ def stamp(images, generator=None):
 #
 # And the texture (`stamp` of section 2)? The authors' code gives each image random masks, once
 # (`--texture random`, as in recipe paper). As they never change, they can give a class away without
-# its shape: at Delta = 0 nano with such masks, without cutmix, learns its task to 10% in 1,500
-# steps (guessing: 1.6%), and CIFAR-100 no better than from scratch. (We have not measured it at 224
-# pixels.) `--texture fresh` draws new ones at each step, our reading of "w/ Aug." in the paper's
-# Table 13. Without masks, `--texture fill` (nano) draws a dot as a square of 3x3 pixels, `--texture
-# point` as a single pixel.
+# its shape. At Delta = 0 all shapes are the same, and nano (without cutmix) still learns to name
+# 10% of them in 1,500 steps (guessing: 1.6%), by the masks alone; it gains nothing for CIFAR-100.
+# `--texture fresh` draws new masks at each step, our reading of "w/ Aug." in the paper's Table 13.
+# Without masks, `--texture fill` (nano) draws a dot as a square of 3x3 pixels, `--texture point` as
+# a single pixel.
 #
 # FractalDB and OFDB, older datasets of fractals, are the same program at other settings: they have
 # many fractals ("categories"), and the label is the category. FractalDB has 1,000 images of each,
@@ -679,9 +682,9 @@ class Augment:
             flip = torch.rand(2, B) < torch.tensor(self.flip[::-1])[:, None]  # of rows, of columns
             start, length = start + flip * length, torch.where(flip, -length, length)
         box = torch.stack([start, length], 1).to(x.device, non_blocking=True)
-        for axis in range(2):
-            # x.mT has the rows last, where a matrix product resizes them; the second pass resizes
-            # the columns and turns the image back.
+        for axis in range(2):  # height, then width
+            # x.mT has the height last, and the product resizes the last axis. The second pass turns
+            # the image back and resizes the width.
             x = x.mT @ resize_matrix(*box[axis], S, self.img_size)[:, None]
         return x.clamp_(0, 255).round_()
 
@@ -726,8 +729,9 @@ class Augment:
 #
 # The paper pre-trains with AdamW and fine-tunes with SGD. The recipes nano and small (section F)
 # have Muon for the weight matrices of the blocks, in both, and AdamW for the rest. The momentum of
-# a matrix is U S V^T by its singular values S. Muon takes about U V^T instead: all singular values
-# become about 1. So what few images ask of a matrix is learned as fast as what many ask.
+# a weight matrix, a running mean of its gradients, is a matrix U S V^T with singular values S. Muon
+# steps along about U V^T: all directions equally far. So a direction that few images ask for (a
+# small singular value) is learned as fast as one that many ask for.
 
 def seed_for(*key):
     """A 31-bit seed from any key of numbers and strings, the same on every machine."""
@@ -824,7 +828,7 @@ def train(args, run, model, data, augment, steps, tests=None):
                 run.save_samples(x, augment)
             run.step = step + 1
             run.count(loss, logits, target)
-            testing = tests and run.due(test_every)  # every so many steps, and at the last one
+            testing = tests is not None and run.due(test_every)  # and at the last step
             stopping = bool(signals)
             saving = stopping or run.due(args.save_every)
             if testing or saving or run.due(args.log_every):
@@ -861,7 +865,7 @@ def evaluate(model, data, augment, args):
 #     optimizer     AdamW -> SGD                          Muon -> Muon
 #     peak rate     5e-4 -> 0.015                         2e-3 -> 2e-3
 #     weight decay  0.05 -> 1e-4                          0.05 -> 0.05
-#     warm-up       15 steps -> 1% of the steps           2% -> 5% of the steps
+#     warm-up       15 steps (sic) -> 1% of the steps     2% -> 5% of the steps
 #     batch         256 -> 768                            128 -> 64
 #     smoothing     0.1 -> 0.1 (of labels)                none -> 0.1
 #     least crop    8% -> 8% of the area                  10% -> 70%

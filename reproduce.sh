@@ -18,7 +18,7 @@ BEFORE="" AFTER="--train-per-class 250"
 WHOLE="--batch-size 128 --lr 3e-3"
 # And of the paper's tables in five minutes a row.
 SHORT="--steps 1500 --no-cutmix" BRIEF="--train-per-class 250 --epochs 3"
-ALL="transfer few time length longer optimizers fractals fig3
+ALL="transfer few time fewtime length longer optimizers fractals fig3
      table2 table3 table4 table5 table6 table7 table9 table11 table12 table13"
 
 python=.venv/bin/python
@@ -113,7 +113,9 @@ for table in "${@:-transfer}"; do
     case $table in
     transfer) before=$BEFORE seeds="0 1 2"; both "" "$AFTER" ;;
     few)      before=$BEFORE seeds="0 1 2"; both "" "--train-per-class 25" ;;
-    time)     before=$BEFORE; both "8 epochs, " "$AFTER"; both "28 epochs, " "$AFTER --epochs 28" ;;
+    time)     before=$BEFORE seeds="0 1 2"; both "8 epochs, " "$AFTER"; both "28 epochs, " "$AFTER --epochs 28" ;;
+    fewtime)  before=$BEFORE after="--train-per-class 25 --epochs 40" seeds="0 1 2"; row "from one fractal, 40 epochs"
+        after="--train-per-class 25 --epochs 240"; row "from scratch, 240 epochs" "" scratch ;;
     length)   before=$BEFORE seeds="0 1 2"
         both "all images, 8 epochs, " "$WHOLE"
         both "all images, 20 epochs, " "--epochs 20 $WHOLE"

@@ -46,7 +46,7 @@ TABLES = {
         from one fractal; from scratch || scratch
         mimetic initialisation || mimetic; impulse initialisation || impulse
         from one fractal, its own best ||| {OWN}"""),
-    "time": ("250 images a class; pre-training and 8 epochs take as long as 28 epochs", 1, "", C250, f"""
+    "time": ("250 images a class; pre-training and 8 epochs take as long as 28 epochs", 3, "", C250, f"""
         {arms("8 epochs", "")}
         {arms("28 epochs", "--epochs 28")}"""),
     "optimizers": ("250 images a class, 8 epochs", 1, "", C250, f"""
@@ -59,6 +59,9 @@ TABLES = {
         edges of a photograph || --source image --edges canny; from scratch || scratch"""),
     "few": ("25 images a class, 8 epochs", 3, "", "--train-per-class 25", """
         from one fractal; from scratch || scratch"""),
+    "fewtime": ("25 images a class; pre-training and 40 epochs take as long as 240 epochs", 3, "",
+                "--train-per-class 25", """
+        from one fractal, 40 epochs ||| --epochs 40; from scratch, 240 epochs || scratch | --epochs 240"""),
     "length": ("all 50,000 images", 3, "", "", f"""
         {arms("8 epochs", OWN)}
         {arms("20 epochs", f"--epochs 20 {OWN}")}
@@ -271,10 +274,10 @@ def panels(count, width=4, height=3.6):
     return figure, axes
 
 
-def plot(axis, title, x_label, lines):
+def plot(axis, title, x_label, lines, style="o-"):
     """lines: {label: [(x, [top-1 of each seed])]}"""
     for k, (label, points) in enumerate(lines.items()):
-        axis.plot([x for x, _ in points], [statistics.mean(y) for _, y in points], f"C{k}o-", ms=4, label=label)
+        axis.plot([x for x, _ in points], [statistics.mean(y) for _, y in points], f"C{k}{style}", ms=4, label=label)
         axis.plot([x for x, ys in points for _ in ys], [y for _, ys in points for y in ys], f"C{k}.", ms=3)
     axis.set(title=title, xlabel=x_label)
     axis.legend(fontsize=8)
@@ -294,7 +297,7 @@ def draw_transfer(path, records):
         if pairs := found("length", row, records):
             point = pairs[0][0]["settings"]["epochs"], last_tests(pairs)
             lines.setdefault(row[0].partition(" / ")[2], []).append(point)
-    plot(right, "all 50,000 images (a dot: a training)", "epochs of fine-tuning", lines)
+    plot(right, "all 50,000 images (60 epochs: with RandAugment)", "epochs of fine-tuning", lines, "o")
     figure.savefig(path, dpi=130)
 
 

@@ -1,22 +1,24 @@
 """Where does what pre-training has learned sit? Parts of its weights are put into a fresh network and fine-tuned.
 
-    python results/why.py make PRETRAINED SEED FOLDER [--model ...]    # FOLDER/<part>/start.pt, one for each of PARTS
-    python results/why.py look LABEL=CHECKPOINT ... [--root DIR]       # mean attention distances -> why.json
-    python results/why.py draw                                         # why.png, from runs.jsonl and why.json
+    python results/why.py make PRETRAINED SEED FOLDER      # FOLDER/SEED/<part>/start.pt, one for each part
+    python results/why.py look LABEL=CHECKPOINT ...        # how far each head looks -> why.json; without a file: fresh
+    python results/why.py draw                             # why.png, from runs.jsonl and why.json
 
-Then `onepfrac.py finetune --ckpt FOLDER/<part>/start.pt --seed SEED ...` trains each. The rest of a network is what
-`--seed SEED` would start from without a checkpoint.
+Then each is trained, `onepfrac.py finetune --ckpt FOLDER/SEED/<part>/start.pt --seed SEED --train-per-class 250 --epochs 3
+--out FOLDER/SEED/<part>/run`, and `experiments.py --keep` takes the records. The rest of a network is what this command
+would start from without --ckpt.
 """
-import argparse
 import json
 import statistics
 import sys
 from pathlib import Path
 
 import torch
+from matplotlib.figure import Figure
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
+import experiments
 import onepfrac as op
 
 EMBEDDING = ("patch_embed", "cls_token", "pos_embed")
@@ -61,7 +63,7 @@ def make(pretrained, args, folder):
     for part, change in ("shuffled", shuffled), ("spectrum", spectrum):
         starts[part] = {name: change(learned[name], fresh[name], generator) for name in bodies}
     for part, state in starts.items():
-        out = Path(folder, part.replace(" ", "-"))
+        out = Path(folder, str(args.seed), part.replace(" ", "-"))
         out.mkdir(parents=True, exist_ok=True)
         torch.save(state, out / "start.pt")
 
@@ -69,9 +71,7 @@ def make(pretrained, args, folder):
 @torch.no_grad()
 def attention_distances(model, x):
     """For each block and head the mean distance, in patches, from a patch to where it looks -> (depth, heads)."""
-    n = model.img_size // model.patch_size
-    at = torch.cartesian_prod(torch.arange(n), torch.arange(n)).float()
-    distance, found, x = torch.cdist(at, at), [], model.embed(x)
+    distance, found, x = distances(model.img_size // model.patch_size), [], model.embed(x)
     for block in model.blocks:
         B, N, D = x.shape
         heads = block.attn.heads
@@ -82,22 +82,58 @@ def attention_distances(model, x):
     return torch.stack(found)
 
 
-def look(named, args, photographs):
-    """{label: distances} of checkpoints; without a file ("scratch="): of fresh weights."""
-    x = op.make_augment(args, 1, **op.IMAGENET).plain(photographs)
+def distances(n):
+    """Between all patches of an image with n a side -> (n^2, n^2)"""
+    at = torch.cartesian_prod(torch.arange(n), torch.arange(n)).float()
+    return torch.cdist(at, at)
+
+
+def look(named, args):
+    """{label: distances of blocks and heads} on photographs that no run of `nano` trains on: the test images."""
+    _, tests = op.downstream_data(args)
+    x = op.make_augment(args, 1, **op.IMAGENET).plain(tests[torch.arange(500)][0])
     found = {}
-    for label, file in named:
+    for label, _, file in (word.partition("=") for word in named):
         model = op.make_model(args, 1).eval()
         if file:
             op.load_weights(model, file)
         found[label] = attention_distances(model, x).tolist()
-    n = args.img_size // args.patch_size
-    at = torch.cartesian_prod(torch.arange(n), torch.arange(n)).float()
-    return found | {"uniform": torch.cdist(at, at).mean().item()}
+    (HERE / "why.json").write_text(json.dumps(found | dict(
+        uniform=distances(args.img_size // args.patch_size).mean().item())) + "\n")
+
+
+def draw():
+    """Bars: top-1 after fine-tuning of each part. Dots: how far each head looks, block by block."""
+    records, bars = experiments.read_records(), {}
+    for part in (*PARTS, "shuffled", "spectrum", "scratch"):
+        names = (f"why/{seed}/{part.replace(' ', '-')}/run" for seed in range(3))
+        bars[part] = [records[name]["log"][-1]["test_top1"] for name in names if name in records]
+    figure = Figure(figsize=(12, 4), layout="constrained")
+    left, right = figure.subplots(1, 2, width_ratios=[1.2, 1])
+    for k, (part, top1) in enumerate(reversed(bars.items())):
+        left.barh(k, statistics.mean(top1), color="grey" if part == "scratch" else "C0", alpha=0.7)
+        left.plot(top1, [k] * len(top1), "k.", ms=4)
+    left.set_yticks(range(len(bars)), reversed([*bars]))
+    left.axvline(statistics.mean(bars["scratch"]), color="grey", ls="--")
+    left.set(title="which weights are taken over", xlabel="top-1 on CIFAR-100 after 3 epochs (%); a dot: a seed",
+             xlim=(15, None))
+    looks = json.loads((HERE / "why.json").read_text())
+    right.axhline(looks.pop("uniform"), color="grey", ls="--", label="everywhere alike")
+    for k, (label, blocks) in enumerate(looks.items()):
+        for block, heads in enumerate(blocks):
+            right.plot([block + 1 + 0.15 * (k - len(looks) / 2)] * len(heads), heads, f"C{k}o", ms=4, alpha=0.7,
+                       label=label if block == 0 else None)
+    right.set(title="how far a head looks (a dot: a head)", xlabel="block", ylabel="patches")
+    right.legend(fontsize=8, loc="lower left")
+    figure.savefig(HERE / "why.png", dpi=110)
 
 
 if __name__ == "__main__":
     command, *words = sys.argv[1:]
     if command == "make":
-        pretrained, seed, folder, *flags = words
-        make(pretrained, op.parse(["finetune", "--seed", seed, *flags]), folder)
+        make(words[0], op.parse(["finetune", "--seed", words[1]]), words[2])
+    elif command == "look":
+        flags = [word for word in words if "=" not in word]             # --data folder --root DIR
+        look([word for word in words if "=" in word], op.parse(["finetune", *flags]))
+    else:
+        draw()
