@@ -1702,7 +1702,7 @@ def begin():
 @pytest.mark.parametrize("which", ["pretrain", "finetune"])
 def test_a_run_that_is_killed_again_and_again_reaches_the_bits_of_an_unbroken_one(which, begin, fine, tmp_path):
     words = [*fine, "--epochs", 4.8, "--eval-epochs", 1] if which == "finetune" else [
-        "pretrain", *SMALL, *TINY, "--steps", 24, "--texture", "fresh"]
+        "pretrain", *SMALL, *TINY, "--steps", 40, "--texture", "fresh"]
     words += ["--log-every", 2, "--save-every", 2, "--out"]
     assert main(*words, tmp_path / "a") == 0
     last, chance, kills, process = tmp_path / "b" / "last.pt", random.Random(0), 0, None
@@ -1715,7 +1715,7 @@ def test_a_run_that_is_killed_again_and_again_reaches_the_bits_of_an_unbroken_on
                 process.kill()
                 process.join()
                 kills += 1
-    assert process.exitcode == 0 and kills >= 2
+    assert process.exitcode == 0 and kills >= 2, (process.exitcode, kills)
     assert_same(tmp_path / "a", tmp_path / "b")
 
 
