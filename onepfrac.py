@@ -104,8 +104,9 @@ from torchvision.transforms.v2 import functional as T
 #
 # Why sample systems of a given sigma? To ask whether complexity matters: the smaller sigma is, the
 # more "complex" the paper calls the shape (more structure, less of an even cloud). In its Table 6
-# sigma 3.5 has 84.2 on CIFAR-100, and 6.0, the limit of two maps, has 81.3. Trainings of ours that
-# are shorter than those above show no trend: 30.8 and 30.9, one seed each (scratch: 24.3).
+# sigma 3.5 has 84.2 on CIFAR-100, and 6.0 (drawn just below it, the limit of two maps) has 81.3.
+# Trainings of ours that are shorter than those above show no trend: 30.8 and 30.9, one seed each
+# (scratch: 24.3).
 #
 # What does 3.5 look like? Shared evenly, all four singular values are 3.5 / 6 = 0.58. Then each
 # copy has 0.58^2 = 0.34 of the area of the whole. The two cannot fill it, nor can copies of copies,
