@@ -477,6 +477,7 @@ def fractal_data(args):
 # of their values, weighted by how well they match. MLP: a small network works on each token alone.
 
 MODELS = {  # dim, depth, heads
+    "vit_pico": (64, 6, 2),
     "vit_nano": (96, 6, 3),
     "vit_tiny": (192, 12, 3),
     "vit_small": (384, 12, 6),

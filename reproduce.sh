@@ -18,7 +18,9 @@ BEFORE="" AFTER="--train-per-class 250"
 WHOLE="--batch-size 128 --lr 3e-3"
 # And of the paper's tables in five minutes a row.
 SHORT="--steps 1500 --no-cutmix" BRIEF="--train-per-class 250 --epochs 3"
-ALL="transfer few time fewtime length longer optimizers fractals fig3
+# A network chosen for scratch, and as many images of 16x16 before the fine-tuning: the fractal's, or the photographs'.
+PICO="--model vit_pico --patch-size 4"
+ALL="transfer fair few time fewtime length longer optimizers fractals fig3
      table2 table3 table4 table5 table6 table7 table9 table11 table12 table13"
 
 python=.venv/bin/python
@@ -58,13 +60,19 @@ name() {    # FLAGS...: "--L 16 --no-crop" -> "L-16-no-crop"
     echo "${flags:-nano}"
 }
 
-row() {    # LABEL TOP-1-IN-THE-PAPER FLAGS: pre-train with the flags ("scratch": not at all), then fine-tune
+row() {    # LABEL TOP-1-IN-THE-PAPER FLAGS: pre-train with the flags, then fine-tune. "scratch": do not pre-train;
+           # "finetune FLAGS": fine-tune with these flags first
     local label=$1 paper=${2:-} flags=${3:-} start=scratch ckpt="" end logs="" seed
     for seed in ${SEEDS:-$seeds}; do
         if [ "$flags" != scratch ]; then
-            start=$(name $before $flags)
+            if [[ "$flags" == finetune\ * ]]; then
+                start=$(name $flags)
+                run "starts/$start/$seed" $flags ${DATA:-} ${TUNE:-}
+            else
+                start=$(name $before $flags)
+                run "starts/$start/$seed" pretrain $before $flags ${PRE:-}
+            fi
             ckpt="--ckpt $runs/starts/$start/$seed/last.pt"
-            run "starts/$start/$seed" pretrain $before $flags ${PRE:-}
         fi
         end=$(name $after)/$start/$seed
         run "$end" finetune $after ${DATA:-} ${TUNE:-} $ckpt
@@ -112,6 +120,13 @@ for table in "${@:-transfer}"; do
     tables+=$'\n'"**$table**"$'\n\n'"| | the paper | top-1 (standard deviation) | seeds |"$'\n'"|---|---|---|---|"$'\n'
     case $table in
     transfer) before=$BEFORE seeds="0 1 2"; both "" "$AFTER" ;;
+    fair)     before="$PICO --img-size 16 --steps 2300" seeds="0 1 2"
+        for k in "250 --epochs 7.5 12" "25 --epochs 40 120"; do
+            after="$PICO $WHOLE --train-per-class ${k% *}"
+            row "${k%% *} images a class, from one fractal"
+            row "${k%% *} images a class, from their own small copies" "" \
+                "finetune $PICO $WHOLE --img-size 16 --train-per-class ${k%% *} --epochs ${k##* }"
+        done ;;
     few)      before=$BEFORE seeds="0 1 2"; both "" "--train-per-class 25" ;;
     time)     before=$BEFORE seeds="0 1 2"; both "8 epochs, " "$AFTER"; both "28 epochs, " "$AFTER --epochs 28" ;;
     fewtime)  before=$BEFORE after="--train-per-class 25 --epochs 40" seeds="0 1 2"; row "from one fractal, 40 epochs"

@@ -49,6 +49,7 @@ import onepfrac as op
 sys.path.insert(0, str(Path(op.__file__).parent / "results"))
 import weights
 
+torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))       # if it was imported earlier, by tests of results/
 SCRIPT = Path(op.__file__)
 DEVICE = os.environ.get("ONEPFRAC_DEVICE", "cpu")
 torch.backends.cudnn.allow_tf32 = False                         # convolutions in full precision
@@ -1437,6 +1438,8 @@ def assert_same(a, b):
     """Two run folders agree in what must be the same: the log, in both its places, but for its times; weights and
     moments. The same bits; on a GPU, where sums have no order, the same losses but for rounding."""
     one, two = saved(a), saved(b)
+    threads = [json.loads((folder / "args.json").read_text())["threads"] for folder in (a, b)]
+    assert threads[0] == threads[1], "several threads share a sum: its last bits depend on their number"
     times = "seconds images_per_s minutes_left".split()
     logs = [[{k: v for k, v in record.items() if k not in times} for record in log]
             for log in (one["log"], read_log(a), two["log"], read_log(b))]
@@ -2021,7 +2024,7 @@ def test_recipes_have_their_values_and_any_flag_overrides_them(monkeypatch):
             if (recipe, command) == ("paper", "pretrain"):
                 words = command, "--lr", "0.5", "--no-crop", "--device=cpu", "--recipe=paper"
                 assert vars(resolved(*words)) == want | dict(lr=0.5, crop=False)
-    assert op.MODELS == dict(vit_nano=(96, 6, 3), vit_tiny=(192, 12, 3), vit_small=(384, 12, 6), vit_base=(768, 12, 12))
+    assert op.MODELS == dict(vit_pico=(64, 6, 2), vit_nano=(96, 6, 3), vit_tiny=(192, 12, 3), vit_small=(384, 12, 6), vit_base=(768, 12, 12))
 
 
 @pytest.mark.parametrize("command", ["pretrain", "finetune", "render"])

@@ -26,11 +26,13 @@ MACHINE = "device processor precision threads torch world_size".split()
 BESIDE = {*MACHINE, *"command out root rank lead save_every log_every eval_epochs commit classes data ckpt".split()}
 
 # A table: title, seeds, flags of every pre-training, flags of every fine-tuning, rows. A row: label | top-1 in the
-# paper | flags of pre-training (scratch: there is none; mimetic, impulse: weights of inits.py) | flags of fine-tuning;
+# paper | flags of pre-training (scratch: there is none; mimetic, impulse: weights of inits.py; finetune: another
+# fine-tuning, with all its flags) | flags of fine-tuning;
 # a ";" is a new line. Rows "A / B" are shown as a grid, A down and B across.
 C250 = "--train-per-class 250"                 # images of CIFAR-100
 OWN = "--batch-size 128 --lr 3e-3"             # the fractal's own best on held-out training images
 LONG = f"--epochs 60 --eval-epochs 10 {OWN} --min-crop 0.5 --randaug"
+PICO = "--model vit_pico --patch-size 4"       # a network chosen for scratch
 SHORT, BRIEF = "--steps 1500 --no-cutmix", f"{C250} --epochs 3"      # the paper's tables: five minutes a row
 
 
@@ -40,12 +42,22 @@ def arms(label, flags, starts=("", "scratch")):
     return "\n".join(f"{label} / {names.get(s, f'{s} initialisation')} || {s} | {flags}" for s in starts)
 
 
+def same_time(images, first, last):
+    """Rows of a grid: before the last epochs either the fractal, or first epochs on small copies of the photographs."""
+    n, start = f"--train-per-class {images}", f"finetune {PICO} {OWN} --img-size 16 --train-per-class {images}"
+    return "\n".join(f"{images} images a class / {name} || {flags} | {n} --epochs {last}" for name, flags in (
+        ("from one fractal", ""), ("from their own small copies", f"{start} --epochs {first}")))
+
+
 FOUR = "", "scratch", "mimetic", "impulse"
 TABLES = {
     "transfer": ("250 images a class, 8 epochs", 3, "", C250, f"""
         from one fractal; from scratch || scratch
         mimetic initialisation || mimetic; impulse initialisation || impulse
         from one fractal, its own best ||| {OWN}"""),
+    "fair": ("equal total time: 2,300 steps of 128 at 16x16 pixels, then fine-tuning at 32x32", 3,
+             f"{PICO} --img-size 16 --steps 2300", f"{PICO} {OWN}",
+             f"{same_time(250, 12, 7.5)}\n{same_time(25, 120, 40)}"),
     "time": ("250 images a class; pre-training and 8 epochs take as long as 28 epochs", 3, "", C250, f"""
         {arms("8 epochs", "")}
         {arms("28 epochs", "--epochs 28")}"""),
@@ -129,7 +141,8 @@ def names(table, start, tune, seed):
     def name(*flags):
         return "-".join(" ".join(flags).replace("--", "").split()) or "nano"
     trained = start not in ("scratch", "mimetic", "impulse")
-    start = name(TABLES[table][2], start) if trained else start
+    if trained:
+        start = name(start) if start.startswith("finetune ") else name(TABLES[table][2], start)
     return f"starts/{start}/{seed}" if trained else None, f"{name(TABLES[table][3], tune)}/{start}/{seed}"
 
 
@@ -145,10 +158,11 @@ def mixed(table, records):
     named = {word.removeprefix("--").removeprefix("no-").replace("-", "_") for word in words} | {"seed"}
     values = {}
     for pair in (pair for row in rows_of(table) for pair in found(table, row, records)):
-        for k, record in enumerate(pair):
-            for key, value in record["settings"].items() if record else ():
-                values.setdefault((k, key), set()).add(value if isinstance(value, (int, float)) else str(value))
-    return {key for (_, key), several in values.items() if len(several) > 1 and not key.startswith("images")} - named
+        for k, record in enumerate(record for record in pair if record):
+            for key, value in record["settings"].items():
+                seen = values.setdefault((k, record["command"].split()[0], key), set())
+                seen.add(value if isinstance(value, (int, float)) else str(value))
+    return {key for (*_, key), several in values.items() if len(several) > 1 and not key.startswith("images")} - named
 
 
 def read_records():

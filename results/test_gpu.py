@@ -6,6 +6,8 @@ import sys
 import zipfile
 from pathlib import Path
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")                   # before torch is imported
+
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
 import faults
