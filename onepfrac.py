@@ -14,9 +14,9 @@ parameters, one fractal, is all of it. The idea:
 These commands use the default recipe, nano: 64 classes, a network of 0.7 million parameters, images
 of 32x32 pixels, minutes on two CPU cores. Their result on the test set, three seeds: top-1 42.9%
 from the fractal (standard deviation 0.6), 36.4% (0.3) from scratch. If scratch gets the time of
-pre-training, too, it is level; with fewer images a class it is not (README). The paper has 84.2%
-and 64.2% with all images, a larger network and a far longer training: `--recipe paper` has its
-settings.
+pre-training, too, they are level; with fewer images a class the fractal is ahead (README). The
+paper has 84.2% and 64.2% with all images, a larger network and a far longer training: `--recipe
+paper` has its settings.
 
 Ctrl-C saves. The same command again goes on.
 
@@ -45,6 +45,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 import zlib
 from concurrent.futures import ThreadPoolExecutor
@@ -88,33 +89,34 @@ from torchvision.transforms.v2 import functional as T
 # An iterated function system (IFS) is a handful of affine maps of the plane, each with a
 # probability to be chosen: {w_1 .. w_N; p_1 .. p_N}. A map is w_j(v) = A_j v + t_j, stored as two
 # rows [a b e; c d f], where A = [a b; c d] and t = (e, f). So N maps have shape (N, 2, 3).
-# If the maps contract, exactly one shape is the union of its own copies under the maps. This shape
-# is the attractor, a fractal: it consists of distorted copies of itself. For example, the
-# Sierpinski triangle consists of three copies of itself, each half as large, in three corners:
+# If the maps contract, exactly one shape (closed, bounded, not empty) is the union of its own
+# copies under the maps. This shape is the attractor, a fractal: it consists of distorted copies of
+# itself. For example, the Sierpinski triangle consists of three copies of itself, each half as
+# large, in three corners:
 #
 #     corners = torch.tensor([[0, 0], [0.5, 0], [0.25, 0.5]])                         # t_1 .. t_3
 #     maps = torch.cat([0.5 * torch.eye(2).expand(3, 2, 2), corners[:, :, None]], 2)   # (3, 2, 3)
 #
 # How strongly does a system contract? A matrix A_j makes a circle of radius 1 an ellipse of radii
-# s_j1 >= s_j2, its singular values. The map contracts if s_j1 < 1. The sigma-factor is
-# sum_j (s_j1 + 2 s_j2). We sample no singular value above 1, so it is at most 3 N, and there no map
-# contracts and there is no attractor. Why is s_j2 counted twice? No theory says so: Anderson &
+# s_j1 >= s_j2, its singular values. The map contracts if s_j1 < 1. The sigma-factor is the sum over
+# j of s_j1 + 2 s_j2. We sample no singular value above 1, so it is at most 3 N; at exactly 3 N no
+# map contracts, and there is no attractor. Why is s_j2 counted twice? No theory says so: Anderson &
 # Farrell (Improving Fractal Pre-training, WACV 2022) saw that this sum tells good pictures from bad
 # ones. (A small s_j2 flattens a copy to a line, and lines fill nothing.)
 #
 # Why sample systems of a given sigma? To ask whether complexity matters: the smaller sigma is, the
 # more "complex" the paper calls the shape (more structure, less of an even cloud). In its Table 6
 # sigma 3.5 has 84.2 on CIFAR-100, and 6.0 (drawn just below it, the limit of two maps) has 81.3.
-# Trainings of ours that are shorter than those above show no trend: 30.8 and 30.9, one seed each
-# (scratch: 24.3).
+# Our own, in short trainings (1,500 steps, 3 epochs), are 30.8 and 30.9, one seed each (scratch:
+# 24.3), and show no trend between.
 #
 # What does 3.5 look like? Shared evenly, all four singular values are 3.5 / 6 = 0.58. Then each
-# copy has 0.58^2 = 0.34 of the area of the whole. The two cannot fill it, nor can copies of copies,
-# and 6% of the canvas (the square image) are left covered. We want a fifth (`base_ifs`), so the
-# areas of the copies, s_j1 s_j2 each, must add up to nearly 1. At sigma 3.5 this takes one map that
-# contracts strongly and one that hardly does. In the default fractal their singular values are
-# 0.33, 0.18 and 0.985, 0.946 (sigma 3.6), so the copies have 0.06 and 0.93 of the area of the
-# whole.
+# copy has 0.58^2 = 0.34 of the area of the whole, both together 0.68, their copies 0.68^2, and so
+# on: it becomes thin so fast that its dots, squares of 3x3 pixels, cover only 6% of the canvas (the
+# square image). We take fractals that cover a fifth or more (`base_ifs`), so the areas of the
+# copies, s_j1 s_j2 each, must add up to nearly 1. At sigma 3.5 this takes one map that contracts
+# strongly and one that hardly does. In the default fractal their singular values are 0.33, 0.18 and
+# 0.985, 0.946 (sigma 3.6), so the copies have 0.06 and 0.93 of the area of the whole.
 
 def sigma_factor(maps):
     """sum_j (s_j1 + 2 s_j2) over the singular values of the matrices A_j of a system.
@@ -193,11 +195,11 @@ def choose_maps(probs, points, generator=None):
     orbits K for `points` dots. probs (N,), or (B, N) -> j (BURN_IN + steps, K, B) for systems with
     probabilities of their own (FractalDB's, section B); they need not sum to 1."""
     K = -(-points // ORBIT)  # rounded up
-    u = torch.rand(BURN_IN + -(-points // K), K, generator=generator)
+    u = torch.rand(BURN_IN + -(-points // K), K, generator=generator).double()
     ends = probs.cpu().double().cumsum(-1)
     ends = ends / ends[..., -1:]  # map j is chosen if ends[j - 1] <= u < ends[j]
-    u = u[..., None] if probs.ndim == 1 else u[..., None, None]
-    return (u >= ends).sum(-1)
+    u = u if probs.ndim == 1 else u[..., None]
+    return sum((u >= end).long() for end in ends.unbind(-1))
 
 
 def chaos_game(maps, j):
@@ -247,7 +249,7 @@ def dilate(images):
 def render_ifs(maps, size=512, points=100_000, dilated=True, generator=None, probs=None):
     """Draw attractors: maps (B, N, 2, 3) -> grey images (B, size, size) uint8 on maps.device.
 
-    points: dots of an image, rounded up to whole steps of all orbits. Each takes about 40 bytes, so
+    points: dots of an image, rounded up to whole steps of all orbits. Each dot takes 50 bytes, so
     draw a thousand images in parts; with the same probs, and each with a generator of the same
     seed, they are as if drawn at once. dilated: a dot is a 3x3 square (`stamp` gives it a texture),
     else a pixel. generator (CPU): draws which maps the orbits pick, for all images alike. probs
@@ -294,9 +296,9 @@ def stamp(images, generator=None):
 # With one image and one class (6) there is nothing to learn. So the paper adds noise: to each of
 # the 6 N numbers of the maps a small random one (9). All of them together, one point of a cube of
 # side Delta around 0 in 6 N dimensions, are called eps. Each eps is a class: the image of
-# maps + eps. If this is nearly blank, another eps is drawn. (The authors' code does not add. It
-# multiplies each number by one from 1 - Delta to 1 + Delta, `--noise multiplicative`. The defaults,
-# additive noise and Delta = 0.1, are the paper's.)
+# maps + eps. If it is nearly blank, another eps is drawn. (The authors' code does not add, but
+# multiplies each number by a factor from 1 - Delta to 1 + Delta, `--noise multiplicative`. The
+# defaults, additive noise and Delta = 0.1, are the paper's.)
 #
 # Is there a picture for each eps? Nearly half of the perturbations of the default fractal have a
 # map that stretches in one direction (a singular value above 1). What section 1 says holds only if
@@ -359,7 +361,7 @@ def lpce_loss(logits, target):
     return F.cross_entropy(logits, target)
 
 
-KEPT = 4 * 2 ** 30  # bytes of images that are kept in memory; more are made again at each step
+KEPT = 6 * 2 ** 30  # bytes of images that are kept in memory; more are made again at each step
 
 
 class Data:
@@ -590,7 +592,8 @@ class ViT(nn.Module):
 #     [0, 0, 100, 100] @ matrix = [8, 92]
 #
 # Why not F.grid_sample? It mixes only the pixels next to one place, so when an image shrinks most
-# pixels have no weight (no antialiasing). F.interpolate has, but one box for a whole batch.
+# pixels have no weight (no antialiasing). F.interpolate antialiases, but takes one box for a whole
+# batch.
 
 def resize_matrix(start, length, pixels, size):
     """Column j of a matrix (B, pixels, size) has the weights of output pixel j.
@@ -784,7 +787,7 @@ def learning_rate(step, steps, warmup, peak):
     """Linear warm-up over `warmup` steps, then half a cosine towards zero."""
     if step < warmup:
         return peak * (step + 1) / warmup
-    return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+    return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup)))
 
 
 def predict(network, x, args):
@@ -1388,12 +1391,13 @@ def balanced_subset(labels, order, per_class=None, holdout=0.0):
 
 def photographs(dataset, chosen, args):
     """Images of a torchvision dataset (chosen: their indices, None: all) -> Data. They are cropped
-    to squares of 8/7 of img_size (256 for 224), but small squares, as the first image tells, stay
-    as they are. Threads read them."""
+    to squares of 8/7 of img_size (256 for 224), or smaller ones if all of a sample of the images
+    are small. Threads read them."""
     labels, pool = labels_of(dataset), ThreadPoolExecutor()
     chosen = torch.arange(len(labels)) if chosen is None else chosen
-    width, height = read(dataset, 0, args).size
-    side = min(args.img_size * 8 // 7, width if width == height else math.inf)
+    sample = range(0, len(labels), -(-len(labels) // 20))
+    largest = max(min(read(dataset, k, args).size) for k in sample)
+    side = min(args.img_size * 8 // 7, largest)
 
     def read_square(k):
         return square(read(dataset, k, args), side)
@@ -1536,6 +1540,9 @@ class Run:
                 self.settings, self.log = dict(self.saved["args"]), list(self.saved["log"])
                 self.step = int(self.saved["step"])
                 ended = self.step == int(self.saved["steps"])
+            steps = over_ranks(torch.tensor(self.step, device=args.device), args)
+            if steps != self.step * args.world_size:
+                raise ValueError("machines have different ones; --out must be a folder they share")
             self.agree(vars(args), FREE - {"root", "image"} if ended else FREE)
         if ended:
             self.say(f"onepfrac: --out {args.out}: this run has ended; give another --out")
@@ -1565,7 +1572,8 @@ class Run:
             with blaming(f"--out {self.args.out}: cannot go on from its last.pt; give another"):
                 model.load_state_dict(self.saved["model"])
                 optimizer.load_state_dict(self.saved["optimizer"])
-        self.tick = time.time()
+            self.saved = None  # it would need as much memory again
+        self.tick = time.perf_counter()
         self.start = self.tick - (self.log[-1]["seconds"] if self.log else 0)
         if self.args.lead:
             self.out.mkdir(parents=True, exist_ok=True)
@@ -1591,7 +1599,7 @@ class Run:
         """Mean loss and accuracy of the whole batch, and speed, since the last line."""
         loss, right, steps = over_ranks(self.sums, self.args).tolist()
         self.refuse_infinite(self.sums)
-        speed = steps / self.args.world_size * self.args.batch_size / (time.time() - self.tick)
+        speed = steps / self.args.world_size * self.args.batch_size / (time.perf_counter() - self.tick)
         left = (self.steps - self.step) * self.args.batch_size / speed / 60
         self.report(loss=loss / steps, top1=100 * right / steps, lr=rate, images_per_s=speed,
                     minutes_left=left)
@@ -1599,7 +1607,7 @@ class Run:
 
     def report(self, **numbers):
         """A line of the log, printed and written."""
-        self.tick, images = time.time(), self.step * self.args.batch_size
+        self.tick, images = time.perf_counter(), self.step * self.args.batch_size
         self.log.append(dict(step=self.step, images=images,
                              seconds=round(self.tick - self.start, 1), **numbers))
         if self.args.lead:
@@ -1669,7 +1677,8 @@ def noted_signals(args):
         if number == signal.SIGINT and signals[-1][1] > signals[0][1] + 1:
             raise KeyboardInterrupt
 
-    for name in ("SIGINT", "SIGTERM", "SIGHUP") if args.world_size == 1 else ():
+    own = args.world_size == 1 and threading.current_thread() is threading.main_thread()
+    for name in ("SIGINT", "SIGTERM", "SIGHUP") if own else ():
         number = getattr(signal, name, None)  # Windows has no SIGHUP
         if number and signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
             before[number] = signal.signal(number, note) or signal.SIG_DFL
@@ -1707,7 +1716,10 @@ def over_ranks(x, args):
 def accelerate(model, args):
     """The network that is trained: parallel with several ranks, compiled on a GPU."""
     network = nn.parallel.DistributedDataParallel(model) if args.world_size > 1 else model
-    return torch.compile(network) if args.compile and args.device != "cpu" else network
+    if not args.compile or args.device == "cpu":
+        return network
+    torch.compiler.reset()  # what earlier runs of a program left
+    return torch.compile(network)
 
 
 # ==== E · Muon, linear probe, render ==============================================================
@@ -1788,7 +1800,7 @@ def render(args):
         raise InputError(f"--out {out}: is there already; give a new folder")
     data = source_data(args)
     out.mkdir(parents=True)
-    for i in torch.arange(len(data)).split(1000):
+    for i in torch.arange(len(data)).split(64):
         for number, image, label in zip(i.tolist(), *(t.cpu() for t in data[i])):
             folder = out / f"{label:05d}"  # alphabetical is numerical
             folder.mkdir(exist_ok=True)
@@ -1936,7 +1948,7 @@ def finetune_flags(command):
 
 
 def fast_bf16(device):
-    """Whether the processor multiplies bfloat16 itself."""
+    """Whether a GPU, or an x86 processor, multiplies bfloat16 itself."""
     if device == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
@@ -2018,6 +2030,12 @@ def main(words=None):
         return 2
     except KeyboardInterrupt:  # before the first step, or a second Ctrl-C
         return 130
+    except Exception as error:
+        if not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+            raise
+        why = " ".join(str(error).split())[:300]  # no compiler, or no triton
+        print(f"onepfrac: --compile: {why}; give --no-compile", file=sys.stderr)
+        return 2
     except SystemExit as stop:  # --help, a signal, a run that has ended
         return stop.code or 0
     return 0
@@ -2046,4 +2064,5 @@ def keep_memory():
 
 if SCRIPT:
     keep_memory()
+    sys.stdout.reconfigure(errors="backslashreplace")  # a terminal may lack letters of a path
     sys.exit(main())

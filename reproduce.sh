@@ -20,7 +20,7 @@ WHOLE="--batch-size 128 --lr 3e-3"
 SHORT="--steps 1500 --no-cutmix" BRIEF="--train-per-class 250 --epochs 3"
 # A network chosen for scratch, and as many images of 16x16 before the fine-tuning: the fractal's, or the photographs'.
 PICO="--model vit_pico --patch-size 4"
-ALL="transfer fair few time fewtime length longer optimizers fractals fig3
+ALL="transfer fair few time fewtime length longer optimizers controls fractals fig3
      table2 table3 table4 table5 table6 table7 table9 table11 table12 table13"
 
 python=.venv/bin/python
@@ -53,10 +53,19 @@ living() {    # FOLDER: does the process that began this run still live?
     [ -e "$1/pid" ] && [[ "$(ps -ww -p "$(cat "$1/pid")" -o command= 2>/dev/null)" == *"--out $1" ]]
 }
 
+photographs() {    # training images that no run with 250 a class trains on, as folders (results/controls.py)
+    [ -n "${DRY:-}" ] || [ -d "$runs/controls" ] || {
+        rm -rf "$runs/controls.part"
+        "$python" results/controls.py "$runs/controls.part" ${DATA:-}
+        mv "$runs/controls.part" "$runs/controls"
+    }
+}
+
 name() {    # FLAGS...: "--L 16 --no-crop" -> "L-16-no-crop"
     local flags="$*"
+    flags=${flags//$runs\//}    # of --root
     flags=${flags//--/}
-    flags=${flags// /-}
+    flags=${flags//[ \/]/-}
     echo "${flags:-nano}"
 }
 
@@ -142,6 +151,12 @@ for table in "${@:-transfer}"; do
         both "SGD, " "$AFTER --optimizer sgd --lr 0.2 --weight-decay 1e-4"
         both "AdamW, " "$AFTER --optimizer adamw --lr 1e-3"
         both "Muon, " "$AFTER" ;;
+    controls) seeds="0 1 2"
+        photographs
+        row "1p-frac" 84.2
+        row "64 photographs as 64 classes" "" "--source folder --root $runs/controls/photographs"
+        row "supervised, 250 other images a class" "" "--source folder --root $runs/controls/others"
+        row "scratch" 64.2 scratch ;;
     fractals) row "fractal 32" ""; for k in 0 1 2; do row "fractal $k" "" "--fractal-seed $k"; done ;;
     fig3)     before=$BEFORE; for k in 1 2 3 4 6; do both "$k blocks, " "$AFTER --probe $k"; done ;;
     table2)   seeds="0 1 2"

@@ -27,6 +27,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import tokenize
 import warnings
@@ -1340,7 +1341,7 @@ def test_kept_and_streamed_folders_give_the_pixels_of_the_files(image_folder, mo
 
 def test_small_squares_stay_and_other_shapes_are_cropped_to_the_middle(tmp_path):
     picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (48, 80, 3), np.uint8))
-    for side, sizes in (((60, 60), {64: 60, 28: 32}), (picture.size, {64: 73, 28: 32})):    # 8/7 of img_size
+    for side, sizes in (((60, 60), {64: 60, 28: 32}), (picture.size, {64: 48, 28: 32})):    # 28 * 8 // 7 is 32
         for folder in ("a", "b"):
             (tmp_path / folder).mkdir(exist_ok=True)
             picture.resize(side).save(tmp_path / folder / "1.png")
@@ -1348,6 +1349,9 @@ def test_small_squares_stay_and_other_shapes_are_cropped_to_the_middle(tmp_path)
             args = resolved("finetune", "--device", "cpu", "--img-size", img_size)
             images = op.photographs(op.open_folder(tmp_path), None, args).images
             assert images.shape == (2, 3, found, found)
+            picture.resize((8, 8)).save(tmp_path / "a" / "0.png")           # a thumbnail among them, the first
+            assert op.photographs(op.open_folder(tmp_path), None, args).images.shape == (3, 3, found, found)
+            (tmp_path / "a" / "0.png").unlink()
     want = T.pil_to_tensor(T.resize(picture.crop((16, 0, 64, 48)), 32))         # at the border Pillow sees beyond
     assert (images[..., 2:-2] == want[..., 2:-2]).all()
 
@@ -1663,11 +1667,27 @@ def test_a_run_outlives_its_readers_and_an_unreadable_image(fine, image_folder, 
     assert_same(tmp_path / "a", tmp_path / "b")
 
 
-def test_only_a_gpu_compiles_and_only_if_it_may(monkeypatch):
+def test_only_a_gpu_compiles_and_only_if_it_may(monkeypatch, fine, tmp_path, refused):
+    resets = []
     monkeypatch.setattr(torch, "compile", lambda network: "fast")
+    monkeypatch.setattr(torch.compiler, "reset", lambda: resets.append(0))
     for device, asked, network in (("cuda", True, "fast"), ("cuda", False, "plain"), ("cpu", True, "plain")):
         args = argparse.Namespace(world_size=1, device=device, compile=asked)
         assert op.accelerate("plain", args) == network
+    assert len(resets) == 1                                     # each run compiles for itself
+
+    def fails():                                                # as without a C compiler, or without triton
+        raise type("Failed", (RuntimeError,), dict(__module__="torch._inductor.exc"))("no\ncompiler")
+    with at_step(1, fails):
+        assert "--compile: no compiler; give --no-compile" in refused(*fine, "--out", tmp_path / "run")
+
+
+def test_a_run_in_a_thread_leaves_signals_alone(fine, tmp_path, signals):
+    status = []
+    thread = threading.Thread(target=lambda: status.append(main(*fine, "--out", tmp_path / "run")))
+    thread.start()
+    thread.join()
+    assert status == [0] and signals()
 
 
 def life(folder, words, environment=(), die_at=None):
@@ -1728,12 +1748,13 @@ def test_two_processes_end_go_on_train_one_network_and_log_all_of_it(image_folde
              "--eval-epochs", 5, *TINY, "--log-every", 4, "--save-every", 8, "--clip-grad", 0, "--optimizer", "sgd",
              "--lr", 0.2, "--smoothing", 0, "--out", tmp_path / "two"]      # Adam would make much of a rounding error
 
-    def job(die_at=None):
+    def job(die_at=None, second=words):
         with socket.socket() as free:
             free.bind(("localhost", 0))
             port = free.getsockname()[1]
-        ranks = [begin(tmp_path, words, dict(RANK=str(k), LOCAL_RANK=str(k), WORLD_SIZE="2", MASTER_ADDR="localhost",
-                                             MASTER_PORT=str(port)), die_at if k else None) for k in (0, 1)]
+        ranks = [begin(tmp_path, (words, second)[k], dict(
+            RANK=str(k), LOCAL_RANK=str(k), WORLD_SIZE="2", MASTER_ADDR="localhost", MASTER_PORT=str(port)),
+            die_at if k else None) for k in (0, 1)]
         ranks[1].join(60)
         ranks[0].join(20 if die_at else 60)
         for process in ranks:                                   # torchrun ends those that are left
@@ -1742,6 +1763,8 @@ def test_two_processes_end_go_on_train_one_network_and_log_all_of_it(image_folde
         return [p.exitcode for p in ranks], [torch.load(tmp_path / f"rank{k}.pt", weights_only=True) for k in (0, 1)]
     status, before = job(die_at=13)
     assert status[0] != 0 and status[1] == -signal.SIGKILL and saved(tmp_path / "two")["step"] == 8
+    status, _ = job(second=[*words[:-1], tmp_path / "another machine's disk"])
+    assert status == [2, 2] and saved(tmp_path / "two")["step"] == 8
     status, after = job()
     assert status == [0, 0] and len(after[0]) == len(after[1]) == 16
     printed = (tmp_path / "printed0").read_text()               # only one of them writes and prints

@@ -90,6 +90,10 @@ TABLES = {
     "table2": ("FractalDB, OFDB and 1p-frac", 3, SHORT, BRIEF, """
         scratch | 64.2 | scratch; FractalDB, 64 x 64 images | 81.6 | --categories 64 --instances 64
         OFDB, 64 images | 84.0 | --categories 64; 1p-frac | 84.2"""),
+    "controls": ("what else could be learned in as many steps", 3, SHORT, BRIEF, """
+        1p-frac | 84.2; 64 photographs as 64 classes || --source folder --root controls/photographs
+        supervised, 250 other images a class || --source folder --root controls/others
+        scratch | 64.2 | scratch"""),
     "fractals": ("other fractals", 1, SHORT, BRIEF, """
         --fractal-seed 32, the default; --fractal-seed 0 || --fractal-seed 0
         --fractal-seed 1 || --fractal-seed 1; --fractal-seed 2 || --fractal-seed 2"""),
@@ -139,7 +143,7 @@ def rows_of(table):
 def names(table, start, tune, seed):
     """The name of a pre-training, or None if there is none, and of a fine-tuning: their flags, as in reproduce.sh."""
     def name(*flags):
-        return "-".join(" ".join(flags).replace("--", "").split()) or "nano"
+        return "-".join(" ".join(flags).replace("--", "").replace("/", "-").split()) or "nano"
     trained = start not in ("scratch", "mimetic", "impulse")
     if trained:
         start = name(start) if start.startswith("finetune ") else name(TABLES[table][2], start)
@@ -158,9 +162,9 @@ def mixed(table, records):
     named = {word.removeprefix("--").removeprefix("no-").replace("-", "_") for word in words} | {"seed"}
     values = {}
     for pair in (pair for row in rows_of(table) for pair in found(table, row, records)):
-        for k, record in enumerate(record for record in pair if record):
-            for key, value in record["settings"].items():
-                seen = values.setdefault((k, record["command"].split()[0], key), set())
+        for k, settings in enumerate(record["settings"] for record in pair if record):
+            for key, value in settings.items():
+                seen = values.setdefault((k, "epochs" in settings, key), set())     # a start may be a fine-tuning, too
                 seen.add(value if isinstance(value, (int, float)) else str(value))
     return {key for (*_, key), several in values.items() if len(several) > 1 and not key.startswith("images")} - named
 

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
+import controls
 import experiments
 import faults
 import inits
@@ -88,6 +89,21 @@ def test_impulse_weights_look_at_neighbours(dim, heads, patch):
     assert not first[:dim].allclose(second[:dim], atol=1e-3)
 
 
+def test_controls_are_made_of_images_that_no_run_trains_on(tmp_path, monkeypatch):
+    faults.pictures(tmp_path / "data")                          # 12 images of each of two classes
+    args = op.parse(["finetune", "--data", "folder", "--root", str(tmp_path / "data"), "--train-per-class", "8",
+                     "--img-size", "16"])
+    monkeypatch.setattr(controls, "USED", 8)
+    controls.make(tmp_path / "made", args)
+    used = {image.numpy().tobytes() for image in op.downstream_data(args)[0].images}
+    for name, n in ("others", 4), ("photographs", 1):
+        made = op.Folder(tmp_path / "made" / name)
+        pixels = {op.T.pil_to_tensor(image).numpy().tobytes() for image, _ in made}
+        assert made.targets == [0] * n + [1] * n and len(pixels) == 2 * n and len(used) == 16 and not pixels & used
+    assert op.main(["pretrain", "--source", "folder", "--root", str(tmp_path / "made" / "others"), "--steps", "2",
+                    "--batch-size", "4", "--device", "cpu", "--out", str(tmp_path / "run")]) == 0
+
+
 def reproduce(folder, *tables, **environment):
     """Start reproduce.sh with tiny runs, on two classes of plain pictures."""
     faults.pictures(folder / "data")
@@ -131,7 +147,7 @@ def test_reproduce_goes_on_after_a_stop_and_its_records_give_its_table(tmp_path,
 def test_reproduce_says_what_is_wrong_and_stops(tmp_path):
     script = reproduce(tmp_path, "few", "table1")
     output, _ = script.communicate()
-    assert script.returncode == 2 and "no table table1; there are: transfer few" in output and "few**" not in output
+    assert script.returncode == 2 and "no table table1; there are: transfer fair few" in output and "few**" not in output
     script = reproduce(tmp_path, "few", PYTHON="false")         # a command that fails
     output, _ = script.communicate()
     assert script.returncode == 1 and output.count("onepfrac.py") == 1 and "|" not in output

@@ -108,7 +108,7 @@ def draw():
     for part in (*PARTS, "shuffled", "spectrum", "scratch"):
         names = (f"why/{seed}/{part.replace(' ', '-')}/run" for seed in range(3))
         bars[part] = [records[name]["log"][-1]["test_top1"] for name in names if name in records]
-    figure = Figure(figsize=(12, 4), layout="constrained")
+    figure = Figure(figsize=(13, 4), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=[1.2, 1])
     for k, (part, top1) in enumerate(reversed(bars.items())):
         left.barh(k, statistics.mean(top1), color="grey" if part == "scratch" else "C0", alpha=0.7)
@@ -123,8 +123,8 @@ def draw():
         for block, heads in enumerate(blocks):
             right.plot([block + 1 + 0.15 * (k - len(looks) / 2)] * len(heads), heads, f"C{k}o", ms=4, alpha=0.7,
                        label=label if block == 0 else None)
-    right.set(title="how far a head looks (a dot: a head)", xlabel="block", ylabel="patches")
-    right.legend(fontsize=8, loc="lower left")
+    right.set(title="how far a head looks (a dot: a head)", xlabel="block", ylabel="patches (mean distance)")
+    right.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
     figure.savefig(HERE / "why.png", dpi=110)
 
 
