@@ -20,7 +20,7 @@ MUTANTS = [  # name, text of onepfrac.py (once in it), text with the fault
     ("points_rounded_down", STEPS, STEPS.replace("-(-points // K)", "points // K")),
     ("orbits_share_maps", STEPS, STEPS.replace("K, g", "1, g") + ".expand(-1, K)"),
     ("burn_in_250", "BURN_IN, ORBIT = 500, 500", "BURN_IN, ORBIT = 250, 500"),
-    ("a_map_never_occurs", "(u >= ends).sum(-1)", "(u >= ends).sum(-1).clamp(min=1)"),
+    ("a_map_never_occurs", "for end in ends.unbind(-1))", "for end in ends.unbind(-1)).clamp(min=1)"),
     ("raster_floor", "* scale[..., None]).round()", "* scale[..., None]).floor()"),
     ("texture_by_batch", "for k, image in zip(i.tolist(), images):", "for k, image in enumerate(images):"),
     ("half_multiplicative", "base * (1 + 2 * delta * unit)", "base * (1 + delta * unit)"),
@@ -107,6 +107,9 @@ MUTANTS = [  # name, text of onepfrac.py (once in it), text with the fault
     ("probe_by_batch", "affine=False, eps=1e-6)", "affine=False, eps=1e-6, track_running_stats=False)"),
     ("nano_rate", "optimizer=\"muon\", lr=2e-3, weight_decay=0.05,\n             clip_grad=1.0, randaug",
      "optimizer=\"muon\", lr=2e-3, weight_decay=0.05,\n             clip_grad=0.5, randaug"),
+    ("a_thumbnail_decides", "largest = max(min(", "largest = min(min("),
+    ("machines_differ", "if steps != self.step * args.world_size:", "if steps < 0:"),
+    ("compiled_by_others", "    torch.compiler.reset()  # what earlier runs of a program left\n", ""),
     ("paper_warmup", "default=6.25e-5", "default=6.25e-4"),
 ]
 
