@@ -911,6 +911,9 @@ def finetune(args):
     """Fine-tune a checkpoint on --data, or train from scratch without one. With --probe K train
     only a linear classifier on the first K blocks."""
     run = Run(args)
+    if args.ckpt and run.step == 0:
+        with blaming(f"--ckpt {args.ckpt}"):  # an error of one line: section D
+            load_file(args.ckpt)  # a wrong path is told before the data are downloaded
     data, tests = downstream_data(args)  # section C
     classes = len(data.classes)
     model = make_model(args, classes)

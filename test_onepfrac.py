@@ -1816,6 +1816,12 @@ def test_checkpoints_of_timm_and_of_the_authors_load(tmp_path):
         assert torch.allclose(same.pos_embed, donor.pos_embed, atol=1e-4) and other.pos_embed.shape == (1, 17, 96)
 
 
+def test_a_wrong_path_of_weights_is_told_before_the_data_are_read(tmp_path, refused, monkeypatch):
+    monkeypatch.setattr(op, "downstream_data", None)
+    words = ["finetune", "--ckpt", tmp_path / "x.pt", "--out", tmp_path / "run"]
+    assert "--ckpt" in refused(*words) and "no such file" in refused(*words) and not (tmp_path / "run").exists()
+
+
 def test_a_file_of_something_else_or_of_other_weights_is_told_by_its_name(tmp_path):
     model, file = op.ViT(16, 8, 5, 16, 1, 2), tmp_path / "x.pt"
     state = model.state_dict()
