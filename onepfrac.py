@@ -1543,10 +1543,11 @@ class Run:
                 self.settings, self.log = dict(self.saved["args"]), list(self.saved["log"])
                 self.step = int(self.saved["step"])
                 ended = self.step == int(self.saved["steps"])
-            steps = over_ranks(torch.tensor(self.step, device=args.device), args)
-            if steps != self.step * args.world_size:
-                raise ValueError("machines have different ones; --out must be a folder they share")
             self.agree(vars(args), FREE - {"root", "image"} if ended else FREE)
+            if args.world_size > 1:
+                total = over_ranks(torch.tensor(self.step, device=args.device), args)
+                if total != self.step * args.world_size:
+                    raise ValueError("machines have different ones; it must be a folder they share")
         if ended:
             self.say(f"onepfrac: --out {args.out}: this run has ended; give another --out")
             sys.exit()
@@ -1602,7 +1603,8 @@ class Run:
         """Mean loss and accuracy of the whole batch, and speed, since the last line."""
         loss, right, steps = over_ranks(self.sums, self.args).tolist()
         self.refuse_infinite(self.sums)
-        speed = steps / self.args.world_size * self.args.batch_size / (time.perf_counter() - self.tick)
+        batches, seconds = steps / self.args.world_size, time.perf_counter() - self.tick
+        speed = batches * self.args.batch_size / seconds
         left = (self.steps - self.step) * self.args.batch_size / speed / 60
         self.report(loss=loss / steps, top1=100 * right / steps, lr=rate, images_per_s=speed,
                     minutes_left=left)

@@ -108,7 +108,7 @@ MUTANTS = [  # name, text of onepfrac.py (once in it), text with the fault
     ("nano_rate", "optimizer=\"muon\", lr=2e-3, weight_decay=0.05,\n             clip_grad=1.0, randaug",
      "optimizer=\"muon\", lr=2e-3, weight_decay=0.05,\n             clip_grad=0.5, randaug"),
     ("a_thumbnail_decides", "largest = max(min(", "largest = min(min("),
-    ("machines_differ", "if steps != self.step * args.world_size:", "if steps < 0:"),
+    ("machines_differ", "if total != self.step * args.world_size:", "if total < 0:"),
     ("compiled_by_others", "    torch.compiler.reset()  # what earlier runs of a program left\n", ""),
     ("paper_warmup", "default=6.25e-5", "default=6.25e-4"),
 ]
