@@ -335,7 +335,7 @@ def draw_learned(path, records):
             axis.annotate("from scratch", (70, top1), va="bottom", color="grey", fontsize=8)
             continue
         axis.plot(own, top1, "C0o", ms=5, alpha=0.6)
-        if top1 < 29:           # above, the dots are too close for labels
+        if top1 < 29 or own < 50:               # elsewhere the dots are too close for labels
             shift, side = (-5, "right") if own > 80 else (5, "left")
             label = f"{table.removeprefix('table')}: {row[0].partition(',')[0]}"
             axis.annotate(label, (own, top1), (shift, -2), ha=side, fontsize=8, textcoords="offset points")
