@@ -1,7 +1,7 @@
 """Where does what pre-training has learned sit? Parts of its weights are put into a fresh network and fine-tuned.
 
     python results/why.py make PRETRAINED SEED FOLDER      # FOLDER/SEED/<part>/start.pt, one for each part
-    python results/why.py look LABEL=CHECKPOINT ...        # how far each head looks -> why.json; without a file: fresh
+    python results/why.py look LABEL=CHECKPOINT ...        # how far each head looks, to why.json; no file: fresh
     python results/why.py draw                             # why.png, from runs.jsonl and why.json
 
 Then each is trained, `onepfrac.py finetune --ckpt FOLDER/SEED/<part>/start.pt --seed SEED --train-per-class 250 --epochs 3
@@ -21,6 +21,7 @@ sys.path.insert(0, str(HERE.parent))
 import experiments
 import onepfrac as op
 
+SHOWN = "fresh", "the fractal's", "scratch, fine-tuned", "the fractal's, fine-tuned"      # in the figure
 EMBEDDING = ("patch_embed", "cls_token", "pos_embed")
 PARTS = {       # what is taken over: of name, number of the block (-1: embedding; depth: the last norm), depth
     "all weights": lambda name, k, depth: True,
@@ -92,14 +93,15 @@ def look(named, args):
     """{label: distances of blocks and heads} on photographs that no run of `nano` trains on: the test images."""
     _, tests = op.downstream_data(args)
     x = op.make_augment(args, 1, **op.IMAGENET).plain(tests[torch.arange(500)][0])
-    found = {}
+    found = json.loads((HERE / "why.json").read_text())
     for label, _, file in (word.partition("=") for word in named):
         model = op.make_model(args, 1).eval()
         if file:
             op.load_weights(model, file)
         found[label] = attention_distances(model, x).tolist()
-    (HERE / "why.json").write_text(json.dumps(found | dict(
-        uniform=distances(args.img_size // args.patch_size).mean().item())) + "\n")
+        print(f"| {label} |", *(f"{torch.tensor(heads).mean():.2f} |" for heads in found[label]))
+    found["uniform"] = distances(args.img_size // args.patch_size).mean().item()
+    (HERE / "why.json").write_text(json.dumps(found) + "\n")
 
 
 def draw():
@@ -118,10 +120,10 @@ def draw():
     left.set(title="which weights are taken over", xlabel="top-1 on CIFAR-100 after 3 epochs (%); a dot: a seed",
              xlim=(15, None))
     looks = json.loads((HERE / "why.json").read_text())
-    right.axhline(looks.pop("uniform"), color="grey", ls="--", label="everywhere alike")
-    for k, (label, blocks) in enumerate(looks.items()):
-        for block, heads in enumerate(blocks):
-            right.plot([block + 1 + 0.15 * (k - len(looks) / 2)] * len(heads), heads, f"C{k}o", ms=4, alpha=0.7,
+    right.axhline(looks["uniform"], color="grey", ls="--", label="everywhere alike")
+    for k, label in enumerate(SHOWN):
+        for block, heads in enumerate(looks[label]):
+            right.plot([block + 1 + 0.15 * (k - len(SHOWN) / 2)] * len(heads), heads, f"C{k}o", ms=4, alpha=0.7,
                        label=label if block == 0 else None)
     right.set(title="how far a head looks (a dot: a head)", xlabel="block", ylabel="patches (mean distance)")
     right.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
