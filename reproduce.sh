@@ -109,6 +109,14 @@ both() {    # LABEL FLAGS-OF-FINE-TUNING
     row "$1from scratch" "" scratch
 }
 
+same_time() {    # IMAGES-A-CLASS FIRST-EPOCHS LAST-EPOCHS: before the last epochs either the fractal, or first epochs
+                 # on small copies of the photographs
+    after="$PICO $WHOLE --train-per-class $1 --epochs $3"
+    row "$1 images a class, from one fractal"
+    row "$1 images a class, from their own small copies" "" \
+        "finetune $PICO $WHOLE --img-size 16 --train-per-class $1 --epochs $2"
+}
+
 sweep() {    # FLAG VALUE TOP-1-IN-THE-PAPER VALUE TOP-1...: a row for each value
     local flag=$1
     shift
@@ -129,13 +137,7 @@ for table in "${@:-transfer}"; do
     tables+=$'\n'"**$table**"$'\n\n'"| | the paper | top-1 (standard deviation) | seeds |"$'\n'"|---|---|---|---|"$'\n'
     case $table in
     transfer) before=$BEFORE seeds="0 1 2"; both "" "$AFTER" ;;
-    fair)     before="$PICO --img-size 16 --steps 2300" seeds="0 1 2"
-        for k in "250 --epochs 7.5 12" "25 --epochs 40 120"; do
-            after="$PICO $WHOLE --train-per-class ${k% *}"
-            row "${k%% *} images a class, from one fractal"
-            row "${k%% *} images a class, from their own small copies" "" \
-                "finetune $PICO $WHOLE --img-size 16 --train-per-class ${k%% *} --epochs ${k##* }"
-        done ;;
+    fair)     before="$PICO --img-size 16 --steps 2300" seeds="0 1 2"; same_time 250 12 7.5; same_time 25 120 40 ;;
     few)      before=$BEFORE seeds="0 1 2"; both "" "--train-per-class 25" ;;
     time)     before=$BEFORE seeds="0 1 2"; both "8 epochs, " "$AFTER"; both "28 epochs, " "$AFTER --epochs 28" ;;
     fewtime)  before=$BEFORE after="--train-per-class 25 --epochs 40" seeds="0 1 2"; row "from one fractal, 40 epochs"
