@@ -26,6 +26,7 @@ ALL="transfer fair few time fewtime length longer optimizers controls fractals f
 python=.venv/bin/python
 [ -x "$python" ] || python=python3
 python=${PYTHON:-$python} runs=${RUNS:-runs/reproduce} child="" tables=""
+PHOTOGRAPHS="--source folder --root $runs/controls/photographs" OTHERS="--source folder --root $runs/controls/others"
 trap '[ -z "$child" ] || { kill "$child" && wait "$child"; } 2>/dev/null || true' EXIT    # it saves first
 trap 'exit 130' INT
 trap 'exit 143' TERM HUP
@@ -70,24 +71,30 @@ name() {    # FLAGS...: "--L 16 --no-crop" -> "L-16-no-crop"
 }
 
 row() {    # LABEL TOP-1-IN-THE-PAPER FLAGS: pre-train with the flags, then fine-tune. "scratch": do not pre-train;
-           # "finetune FLAGS": fine-tune with these flags first
-    local label=$1 paper=${2:-} flags=${3:-} start=scratch ckpt="" end logs="" seed
+           # "finetune FLAGS": fine-tune with these flags first; "fractal finetune FLAGS": from the fractal
+    local label=$1 paper=${2:-} flags=${3:-} start ckpt end logs="" seed
     for seed in ${SEEDS:-$seeds}; do
-        if [ "$flags" != scratch ]; then
-            if [[ "$flags" == finetune\ * ]]; then
-                start=$(name $flags)
-                run "starts/$start/$seed" $flags ${DATA:-} ${TUNE:-}
-            else
-                start=$(name $before $flags)
-                run "starts/$start/$seed" pretrain $before $flags ${PRE:-}
-            fi
-            ckpt="--ckpt $runs/starts/$start/$seed/last.pt"
-        fi
+        start=scratch ckpt=""
+        case $flags in
+        scratch) ;;
+        finetune\ *) stage "$(name $flags)" $flags ${DATA:-} ${TUNE:-} ;;
+        fractal\ *)
+            stage "$(name $before)" pretrain $before ${PRE:-}
+            stage "$(name $flags)" ${flags#fractal } ${DATA:-} ${TUNE:-} ;;
+        *) stage "$(name $before $flags)" pretrain $before $flags ${PRE:-} ;;
+        esac
         end=$(name $after)/$start/$seed
         run "$end" finetune $after ${DATA:-} ${TUNE:-} $ckpt
         logs+=" $runs/$end/log.jsonl"
     done
     [ -n "${DRY:-}" ] || tables+="| $label | $paper | $(summary $logs) |"$'\n'
+}
+
+stage() {    # NAME COMMAND FLAGS...: a training from which the next one starts
+    start=$1
+    shift
+    run "starts/$start/$seed" "$@" $ckpt
+    ckpt="--ckpt $runs/starts/$start/$seed/last.pt"
 }
 
 summary() {    # LOG...: mean (standard deviation) | the last test of each
@@ -109,12 +116,14 @@ both() {    # LABEL FLAGS-OF-FINE-TUNING
     row "$1from scratch" "" scratch
 }
 
-same_time() {    # IMAGES-A-CLASS FIRST-EPOCHS LAST-EPOCHS: before the last epochs either the fractal, or first epochs
-                 # on small copies of the photographs
+same_time() {    # IMAGES-A-CLASS FIRST-EPOCHS LAST-EPOCHS: what comes before the last epochs, which have photographs of
+                 # full size: the fractal, small copies of the photographs, or both
+    local small="finetune $PICO $WHOLE --img-size 16 --train-per-class $1 --epochs"
     after="$PICO $WHOLE --train-per-class $1 --epochs $3"
-    row "$1 images a class, from one fractal"
-    row "$1 images a class, from their own small copies" "" \
-        "finetune $PICO $WHOLE --img-size 16 --train-per-class $1 --epochs $2"
+    row "$1 images a class: the fractal"
+    row "$1 images a class: small copies" "" "$small $2"
+    row "$1 images a class: the fractal, then small copies" "" "fractal $small $2"
+    row "$1 images a class: small copies for twice as long" "" "$small $((2 * $2))"
 }
 
 sweep() {    # FLAG VALUE TOP-1-IN-THE-PAPER VALUE TOP-1...: a row for each value
@@ -137,7 +146,7 @@ for table in "${@:-transfer}"; do
     tables+=$'\n'"**$table**"$'\n\n'"| | the paper | top-1 (standard deviation) | seeds |"$'\n'"|---|---|---|---|"$'\n'
     case $table in
     transfer) before=$BEFORE seeds="0 1 2"; both "" "$AFTER" ;;
-    fair)     before="$PICO --img-size 16 --steps 2300" seeds="0 1 2"; same_time 250 12 7.5; same_time 25 120 40 ;;
+    fair)     before="$PICO --img-size 16 --steps 2300" seeds="0 1 2"; same_time 25 120 40; same_time 250 12 7.5 ;;
     few)      before=$BEFORE seeds="0 1 2"; both "" "--train-per-class 25" ;;
     time)     before=$BEFORE seeds="0 1 2"; both "8 epochs, " "$AFTER"; both "28 epochs, " "$AFTER --epochs 28" ;;
     fewtime)  before=$BEFORE after="--train-per-class 25 --epochs 40" seeds="0 1 2"; row "from one fractal, 40 epochs"
@@ -153,19 +162,18 @@ for table in "${@:-transfer}"; do
         both "SGD, " "$AFTER --optimizer sgd --lr 0.2 --weight-decay 1e-4"
         both "AdamW, " "$AFTER --optimizer adamw --lr 1e-3"
         both "Muon, " "$AFTER" ;;
-    controls) seeds="0 1 2"
+    controls) before=$BEFORE after=$AFTER seeds="0 1 2"
         photographs
-        row "1p-frac" 84.2
-        row "64 photographs as 64 classes" "" "--source folder --root $runs/controls/photographs"
-        row "supervised, 250 other images a class" "" "--source folder --root $runs/controls/others"
-        row "scratch" 64.2 scratch ;;
+        row "from one fractal"; row "from 64 photographs as 64 classes" "" "$PHOTOGRAPHS"; row "from scratch" "" scratch ;;
     fractals) row "fractal 32" ""; for k in 0 1 2; do row "fractal $k" "" "--fractal-seed $k"; done ;;
     fig3)     before=$BEFORE; for k in 1 2 3 4 6; do both "$k blocks, " "$AFTER --probe $k"; done ;;
     table2)   seeds="0 1 2"
         row "scratch" 64.2 scratch
         row "FractalDB, 64 x 64 images" 81.6 "--categories 64 --instances 64"
         row "OFDB, 64 images" 84.0 "--categories 64"
-        row "1p-frac" 84.2 ;;
+        row "1p-frac" 84.2
+        photographs
+        row "64 photographs" "" "$PHOTOGRAPHS"; row "supervised, 250 other images a class" "" "$OTHERS" ;;
     table3)
         row "RCDB, 64 x 64 images" 81.6 "--source rcdb --categories 64 --instances 64"
         row "RCDB, 64 images" 80.4 "--source rcdb --categories 64"

@@ -27,8 +27,8 @@ BESIDE = {*MACHINE, *"command out root rank lead save_every log_every eval_epoch
 
 # A table: title, seeds, flags of every pre-training, flags of every fine-tuning, rows. A row: label | top-1 in the
 # paper | flags of pre-training (scratch: there is none; mimetic, impulse: weights of inits.py; finetune: another
-# fine-tuning, with all its flags) | flags of fine-tuning;
-# a ";" is a new line. Rows "A / B" are shown as a grid, A down and B across.
+# fine-tuning, with all its flags; fractal finetune: it starts from the fractal) | flags of fine-tuning; a ";" is a new
+# line. Rows "A / B" are shown as a grid, A down and B across.
 C250 = "--train-per-class 250"                 # images of CIFAR-100
 OWN = "--batch-size 128 --lr 3e-3"             # the fractal's own best on held-out training images
 LONG = f"--epochs 60 --eval-epochs 10 {OWN} --min-crop 0.5 --randaug"
@@ -43,10 +43,14 @@ def arms(label, flags, starts=("", "scratch")):
 
 
 def same_time(images, first, last):
-    """Rows of a grid: before the last epochs either the fractal, or first epochs on small copies of the photographs."""
-    n, start = f"--train-per-class {images}", f"finetune {PICO} {OWN} --img-size 16 --train-per-class {images}"
-    return "\n".join(f"{images} images a class / {name} || {flags} | {n} --epochs {last}" for name, flags in (
-        ("from one fractal", ""), ("from their own small copies", f"{start} --epochs {first}")))
+    """Rows of a grid: what comes before the last epochs, which have photographs of full size."""
+    n = f"--train-per-class {images}"
+    small = f"finetune {PICO} {OWN} --img-size 16 {n} --epochs"
+    starts = {"the fractal": "", "small copies": f"{small} {first}",
+              "the fractal, then small copies": f"fractal {small} {first}",
+              "small copies for twice as long": f"{small} {2 * first}"}
+    return "\n".join(f"{images} images a class / {label} || {start} | {n} --epochs {last}"
+                     for label, start in starts.items())
 
 
 FOUR = "", "scratch", "mimetic", "impulse"
@@ -55,12 +59,15 @@ TABLES = {
         from one fractal; from scratch || scratch
         mimetic initialisation || mimetic; impulse initialisation || impulse
         from one fractal, its own best ||| {OWN}"""),
-    "fair": ("equal total time: 2,300 steps of 128 at 16x16 pixels, then fine-tuning at 32x32", 3,
+    "fair": ("2,300 steps of 128 at 16x16 pixels, or twice as many, then fine-tuning at 32x32", 3,
              f"{PICO} --img-size 16 --steps 2300", f"{PICO} {OWN}",
-             f"{same_time(250, 12, 7.5)}\n{same_time(25, 120, 40)}"),
+             f"{same_time(25, 120, 40)}\n{same_time(250, 12, 7.5)}"),
     "time": ("250 images a class; pre-training and 8 epochs take as long as 28 epochs", 3, "", C250, f"""
         {arms("8 epochs", "")}
         {arms("28 epochs", "--epochs 28")}"""),
+    "controls": ("what else can be learned in as many steps as the fractal", 3, "", C250, """
+        from one fractal; from 64 photographs as 64 classes || --source folder --root controls/photographs
+        from scratch || scratch"""),
     "optimizers": ("250 images a class, 8 epochs", 1, "", C250, f"""
         {arms("SGD", "--optimizer sgd --lr 0.2 --weight-decay 1e-4", FOUR)}
         {arms("AdamW", "--optimizer adamw --lr 1e-3", FOUR)}
@@ -89,11 +96,9 @@ TABLES = {
              "\n".join(arms(f"K = {k}", f"--probe {k}") for k in (1, 2, 3, 4, 6))),
     "table2": ("FractalDB, OFDB and 1p-frac", 3, SHORT, BRIEF, """
         scratch | 64.2 | scratch; FractalDB, 64 x 64 images | 81.6 | --categories 64 --instances 64
-        OFDB, 64 images | 84.0 | --categories 64; 1p-frac | 84.2"""),
-    "controls": ("what else could be learned in as many steps", 3, SHORT, BRIEF, """
-        1p-frac | 84.2; 64 photographs as 64 classes || --source folder --root controls/photographs
-        supervised, 250 other images a class || --source folder --root controls/others
-        scratch | 64.2 | scratch"""),
+        OFDB, 64 images | 84.0 | --categories 64; 1p-frac | 84.2
+        64 photographs || --source folder --root controls/photographs
+        supervised, 250 other images a class || --source folder --root controls/others"""),
     "fractals": ("other fractals", 1, SHORT, BRIEF, """
         --fractal-seed 32, the default; --fractal-seed 0 || --fractal-seed 0
         --fractal-seed 1 || --fractal-seed 1; --fractal-seed 2 || --fractal-seed 2"""),
@@ -146,7 +151,7 @@ def names(table, start, tune, seed):
         return "-".join(" ".join(flags).replace("--", "").replace("/", "-").split()) or "nano"
     trained = start not in ("scratch", "mimetic", "impulse")
     if trained:
-        start = name(start) if start.startswith("finetune ") else name(TABLES[table][2], start)
+        start = name(start) if "finetune " in start else name(TABLES[table][2], start)
     return f"starts/{start}/{seed}" if trained else None, f"{name(TABLES[table][3], tune)}/{start}/{seed}"
 
 
