@@ -18,7 +18,7 @@ BEFORE="" AFTER="--train-per-class 250"
 WHOLE="--batch-size 128 --lr 3e-3"
 # And of the paper's tables in five minutes a row.
 SHORT="--steps 1500 --no-cutmix" BRIEF="--train-per-class 250 --epochs 3"
-# A network chosen for scratch, and as many images of 16x16 before the fine-tuning: the fractal's, or the photographs'.
+# A network chosen for scratch.
 PICO="--model vit_pico --patch-size 4"
 ALL="transfer fair few time fewtime length longer optimizers controls fractals fig3
      table2 table3 table4 table5 table6 table7 table9 table11 table12 table13"
@@ -116,17 +116,6 @@ both() {    # LABEL FLAGS-OF-FINE-TUNING
     row "$1from scratch" "" scratch
 }
 
-same_time() {    # IMAGES-A-CLASS FIRST-EPOCHS LAST-EPOCHS LONGER: two pairs of rows that take the same time. Before the last
-                 # epochs, which have photographs of full size, come the fractal, epochs on small copies, or both
-    local small="finetune $PICO $WHOLE --img-size 16 --train-per-class $1 --epochs $2"
-    after="$PICO $WHOLE --train-per-class $1 --epochs $3"
-    row "$1 images a class: the fractal"
-    row "$1 images a class: small copies" "" "$small"
-    row "$1 images a class: the fractal, then small copies" "" "fractal $small"
-    after="$PICO $WHOLE --train-per-class $1 --epochs $4"
-    row "$1 images a class: small copies, then longer" "" "$small"
-}
-
 sweep() {    # FLAG VALUE TOP-1-IN-THE-PAPER VALUE TOP-1...: a row for each value
     local flag=$1
     shift
@@ -147,7 +136,16 @@ for table in "${@:-transfer}"; do
     tables+=$'\n'"**$table**"$'\n\n'"| | the paper | top-1 (standard deviation) | seeds |"$'\n'"|---|---|---|---|"$'\n'
     case $table in
     transfer) before=$BEFORE seeds="0 1 2"; both "" "$AFTER" ;;
-    fair)     before="$PICO --img-size 16 --steps 2300" seeds="0 1 2"; same_time 25 120 40 78; same_time 250 12 7.5 11.5 ;;
+    fair)     before="$PICO --img-size 16 --steps 2300" small="finetune $PICO $WHOLE --img-size 16" seeds="0 1 2"
+        after="$PICO $WHOLE --train-per-class 25 --epochs 40"
+        row "25 images a class: the fractal"
+        row "25 images a class: small copies" "" "$small --train-per-class 25 --epochs 120"
+        after="$PICO $WHOLE $AFTER --epochs 7.5"
+        row "250 images a class: the fractal"
+        row "250 images a class: small copies" "" "$small $AFTER --epochs 12"
+        row "250 images a class: the fractal, then small copies" "" "fractal $small $AFTER --epochs 12"
+        after="$PICO $WHOLE $AFTER --epochs 11.5"
+        row "250 images a class: small copies, then longer" "" "$small $AFTER --epochs 12" ;;
     few)      before=$BEFORE seeds="0 1 2"; both "" "--train-per-class 25" ;;
     time)     before=$BEFORE seeds="0 1 2"; both "8 epochs, " "$AFTER"; both "28 epochs, " "$AFTER --epochs 28" ;;
     fewtime)  before=$BEFORE after="--train-per-class 25 --epochs 40" seeds="0 1 2"; row "from one fractal, 40 epochs"

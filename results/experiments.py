@@ -42,16 +42,9 @@ def arms(label, flags, starts=("", "scratch")):
     return "\n".join(f"{label} / {names.get(s, f'{s} initialisation')} || {s} | {flags}" for s in starts)
 
 
-def same_time(images, first, last, longer):
-    """Two pairs of rows that take the same time: before the last epochs, which have photographs of full size, come the
-    fractal, epochs on small copies, or both; or the last epochs are more."""
-    n = f"--train-per-class {images}"
-    small = f"finetune {PICO} {OWN} --img-size 16 {n} --epochs {first}"
-    return f"""
-        {images} images a class: the fractal ||| {n} --epochs {last}
-        {images} images a class: small copies || {small} | {n} --epochs {last}
-        {images} images a class: the fractal, then small copies || fractal {small} | {n} --epochs {last}
-        {images} images a class: small copies, then longer || {small} | {n} --epochs {longer}"""
+def small(images, epochs):
+    """Flags of epochs on small copies of the photographs."""
+    return f"finetune {PICO} {OWN} --img-size 16 --train-per-class {images} --epochs {epochs}"
 
 
 FOUR = "", "scratch", "mimetic", "impulse"
@@ -61,8 +54,13 @@ TABLES = {
         mimetic initialisation || mimetic; impulse initialisation || impulse
         from one fractal, its own best ||| {OWN}"""),
     "fair": ("first at 16x16 pixels, then at 32x32; two and two rows take the same time", 3,
-             f"{PICO} --img-size 16 --steps 2300", f"{PICO} {OWN}",
-             same_time(25, 120, 40, 78) + same_time(250, 12, 7.5, 11.5)),
+             f"{PICO} --img-size 16 --steps 2300", f"{PICO} {OWN}", f"""
+        25 images a class: the fractal ||| --train-per-class 25 --epochs 40
+        25 images a class: small copies || {small(25, 120)} | --train-per-class 25 --epochs 40
+        250 images a class: the fractal ||| {C250} --epochs 7.5
+        250 images a class: small copies || {small(250, 12)} | {C250} --epochs 7.5
+        250 images a class: the fractal, then small copies || fractal {small(250, 12)} | {C250} --epochs 7.5
+        250 images a class: small copies, then longer || {small(250, 12)} | {C250} --epochs 11.5"""),
     "time": ("250 images a class; pre-training and 8 epochs take as long as 28 epochs", 3, "", C250, f"""
         {arms("8 epochs", "")}
         {arms("28 epochs", "--epochs 28")}"""),
