@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Repeat what README and results/README.md report: pre-training and fine-tuning by onepfrac.py, then the tables.
 #
-#     bash reproduce.sh                                    # README's first table, three seeds
+#     bash reproduce.sh                                    # README's row with 42.9, three seeds
 #     bash reproduce.sh table5 table6                      # tables of the paper, small: five minutes a row and seed
 #     DRY=1 bash reproduce.sh table5                       # only print the commands
 #     SEEDS="0 1" bash reproduce.sh table5                 # other seeds than the table's own
@@ -12,7 +12,7 @@
 set -euo pipefail
 cd "$(dirname "$0")"
 
-# The flags of README's first table: of pre-training, of fine-tuning. Where none are, the recipe's default counts.
+# The flags of that row: of pre-training, of fine-tuning. Where none are, the recipe's default counts.
 BEFORE="" AFTER="--train-per-class 250"
 # Of fine-tuning on all images.
 WHOLE="--batch-size 128 --lr 3e-3"
@@ -90,7 +90,7 @@ row() {    # LABEL TOP-1-IN-THE-PAPER FLAGS: pre-train with the flags, then fine
     [ -n "${DRY:-}" ] || tables+="| $label | $paper | $(summary $logs) |"$'\n'
 }
 
-stage() {    # NAME COMMAND FLAGS...: a training from which the next one starts
+stage() {    # NAME COMMAND FLAGS...: a training from which the next one of this row starts: sets its start and ckpt
     start=$1
     shift
     run "starts/$start/$seed" "$@" $ckpt

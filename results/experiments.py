@@ -53,7 +53,7 @@ TABLES = {
         from one fractal; from scratch || scratch
         mimetic initialisation || mimetic; impulse initialisation || impulse
         from one fractal, its own best ||| {OWN}"""),
-    "fair": ("first at 16x16 pixels, then at 32x32; two and two rows take the same time", 3,
+    "fair": ("first at 16x16 pixels, then at 32x32; each pair of rows takes the same time", 3,
              f"{PICO} --img-size 16 --steps 2300", f"{PICO} {OWN}", f"""
         25 images a class: the fractal ||| --train-per-class 25 --epochs 40
         25 images a class: small copies || {small(25, 120)} | --train-per-class 25 --epochs 40
@@ -150,7 +150,7 @@ def names(table, start, tune, seed):
         return "-".join(" ".join(flags).replace("--", "").replace("/", "-").split()) or "nano"
     trained = start not in ("scratch", "mimetic", "impulse")
     if trained:
-        start = name(start) if "finetune " in start else name(TABLES[table][2], start)
+        start = name(start) if start.startswith(("finetune ", "fractal ")) else name(TABLES[table][2], start)
     return f"starts/{start}/{seed}" if trained else None, f"{name(TABLES[table][3], tune)}/{start}/{seed}"
 
 
