@@ -18,7 +18,7 @@ BEFORE="" AFTER="--train-per-class 250"
 WHOLE="--batch-size 128 --lr 3e-3"
 # And of the paper's tables in five minutes a row.
 SHORT="--steps 1500 --no-cutmix" BRIEF="--train-per-class 250 --epochs 3"
-# A network chosen for scratch.
+# A smaller network, which is better for scratch.
 PICO="--model vit_pico --patch-size 4"
 ALL="transfer fair few time fewtime length longer optimizers controls fractals fig3
      table2 table3 table4 table5 table6 table7 table9 table11 table12 table13"

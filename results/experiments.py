@@ -32,7 +32,7 @@ BESIDE = {*MACHINE, *"command out root rank lead save_every log_every eval_epoch
 C250 = "--train-per-class 250"                 # images of CIFAR-100
 OWN = "--batch-size 128 --lr 3e-3"             # the fractal's own best on held-out training images
 LONG = f"--epochs 60 --eval-epochs 10 {OWN} --min-crop 0.5 --randaug"
-PICO = "--model vit_pico --patch-size 4"       # a network chosen for scratch
+PICO = "--model vit_pico --patch-size 4"       # smaller, and better for scratch
 SHORT, BRIEF = "--steps 1500 --no-cutmix", f"{C250} --epochs 3"      # the paper's tables: five minutes a row
 
 
