@@ -167,7 +167,9 @@ for table in "${@:-transfer}"; do
         both "Muon, " "$AFTER" ;;
     controls) before=$BEFORE after=$AFTER seeds="0 1 2"
         photographs
-        row "from one fractal"; row "from 64 photographs as 64 classes" "" "$PHOTOGRAPHS"; row "from scratch" "" scratch ;;
+        row "from one fractal"; row "Delta 0.001" "" "--delta 0.001"
+        row "from 64 photographs as 64 classes" "" "$PHOTOGRAPHS"
+        row "supervised, 250 other images a class" "" "$OTHERS"; row "from scratch" "" scratch ;;
     fractals) row "fractal 32" ""; for k in 0 1 2; do row "fractal $k" "" "--fractal-seed $k"; done ;;
     fig3)     before=$BEFORE; for k in 1 2 3 4 6; do both "$k blocks, " "$AFTER --probe $k"; done ;;
     table2)   seeds="0 1 2"

@@ -64,8 +64,9 @@ TABLES = {
         {arms("8 epochs", "")}
         {arms("28 epochs", "--epochs 28")}"""),
     "controls": ("what else can be learned in as many steps as the fractal", 3, "", C250, """
-        from one fractal; from 64 photographs as 64 classes || --source folder --root controls/photographs
-        from scratch || scratch"""),
+        from one fractal; Delta 0.001 || --delta 0.001
+        from 64 photographs as 64 classes || --source folder --root controls/photographs
+        supervised, 250 other images a class || --source folder --root controls/others; from scratch || scratch"""),
     "optimizers": ("250 images a class, 8 epochs", 1, "", C250, f"""
         {arms("SGD", "--optimizer sgd --lr 0.2 --weight-decay 1e-4", FOUR)}
         {arms("AdamW", "--optimizer adamw --lr 1e-3", FOUR)}
