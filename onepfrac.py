@@ -36,7 +36,6 @@ import argparse
 import contextlib
 import ctypes
 import functools
-import io
 import itertools
 import json
 import math
@@ -50,7 +49,6 @@ import time
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from unittest import mock
 
 SCRIPT = __name__ == "__main__" and "__file__" in globals()  # and not a notebook's cell
 if SCRIPT:  # these are read when torch and matplotlib are imported
@@ -69,7 +67,7 @@ from torchvision.transforms.v2 import functional as T
 
 # ###################################### PART ONE: THE METHOD ######################################
 #
-# Who calls whom, what is handed on, and in which section it is:
+# Who calls whom, what is handed on, and which section explains it:
 #
 #     pretrain                                                                                   7
 #         source_data -> Data: images uint8 (n, S, S), labels (n,)                               3
@@ -99,8 +97,8 @@ from torchvision.transforms.v2 import functional as T
 #
 # How strongly does a system contract? A matrix A_j makes a circle of radius 1 an ellipse of radii
 # s_j1 >= s_j2, its singular values. The map contracts if s_j1 < 1. The sigma-factor is the sum over
-# j of s_j1 + 2 s_j2. We sample no singular value above 1, so it is at most 3 N; at exactly 3 N no
-# map contracts, and there is no attractor. Why is s_j2 counted twice? No theory says so: Anderson &
+# j of s_j1 + 2 s_j2. We sample no singular value above 1, so sigma is at most 3 N; there no map
+# contracts, and there is no attractor. Why is s_j2 counted twice? No theory says so: Anderson &
 # Farrell (Improving Fractal Pre-training, WACV 2022) saw that this sum tells good pictures from bad
 # ones. (A small s_j2 flattens a copy to a line, and lines fill nothing.)
 #
@@ -112,11 +110,12 @@ from torchvision.transforms.v2 import functional as T
 #
 # What does 3.5 look like? Shared evenly, all four singular values are 3.5 / 6 = 0.58. Then each
 # copy has 0.58^2 = 0.34 of the area of the whole, both together 0.68, their copies 0.68^2, and so
-# on: it becomes thin so fast that its dots, squares of 3x3 pixels, cover only 6% of the canvas (the
-# square image). We take fractals that cover a fifth or more (`base_ifs`), so the areas of the
-# copies, s_j1 s_j2 each, must add up to nearly 1. At sigma 3.5 this takes one map that contracts
-# strongly and one that hardly does. In the default fractal their singular values are 0.33, 0.18 and
-# 0.985, 0.946 (sigma 3.6), so the copies have 0.06 and 0.93 of the area of the whole.
+# on: the shape becomes thin so fast that its dots, squares of 3x3 pixels, cover about 6% of the
+# canvas (the square image). We take fractals that cover a fifth or more (`base_ifs`), so the areas
+# of the copies, s_j1 s_j2 each, must add up to nearly 1. At sigma 3.5 this takes one map that
+# contracts strongly and one that hardly does. In the default fractal their singular values are
+# 0.33, 0.18 and 0.985, 0.946 (sigma 3.6), so the copies have 0.06 and 0.93 of the area of the
+# whole.
 
 def sigma_factor(maps):
     """sum_j (s_j1 + 2 s_j2) over the singular values of the matrices A_j of a system.
@@ -151,7 +150,8 @@ def sample_ifs(num_maps, sigma, generator=None):
     angle = uniform(-math.pi, math.pi, 2, num_maps)
     cos, sin = angle.cos(), angle.sin()
     rotation = torch.stack([cos, -sin, sin, cos], -1).view(2, num_maps, 2, 2)
-    u, v = rotation @ uniform(-1, 1, 2, num_maps, 2).sign().diag_embed()
+    signs = uniform(-1, 1, 2, num_maps, 2).sign()  # -1 and 1: a reflection
+    u, v = rotation @ signs.diag_embed()
     linear = u @ s.diag_embed() @ v
     return torch.cat([linear, uniform(-1, 1, num_maps, 2, 1)], -1).float()
 
@@ -170,11 +170,11 @@ def sample_ifs(num_maps, sigma, generator=None):
 # The larger a copy is, the more often its map is picked (p_j is proportional to |det A_j|). So a
 # copy of twice the area gets twice the dots, and they lie about evenly.
 #
-# Why it works. The maps take points of the attractor to points of the attractor, and they contract,
-# so a point outside comes closer with each step. And it comes near every point of the attractor.
-# Such a point lies in a copy of a copy of a copy, as small as we like. Some finite sequence of maps
-# takes the whole attractor into this copy, and an endless random sequence contains every finite one
-# again and again.
+# Why it works. The maps take the attractor into itself, and they contract, so the moving point
+# comes closer to it with each step. And it comes near every place there. Such a place lies in a
+# copy of a copy of a copy, as small as we like. Some finite sequence of maps takes the whole
+# attractor into this copy, and an endless random sequence contains every finite one again and
+# again.
 #
 # Why the first 500 steps are not drawn. (0, 0) is usually outside, and each step only brings the
 # point closer. In fractals of sigma 3.5 that cover a canvas one map hardly contracts (section 1),
@@ -284,9 +284,10 @@ def stamp(images, generator=None):
 # ==== 3 · Classes: the LIEP distribution and the LPCE loss (Eq. 6-9) ==============================
 # To copy `perturb` and `lpce_loss`: import torch, torch.nn.functional as F
 #
-# In the paper's letters: I is the image of the fractal, x an image, y its label, theta are the
-# weights of the network, and v is a point of the plane. point(z) is the distribution of a z that is
-# always 0. (It is Dirac's delta, but we have Delta and --delta already.)
+# In the paper's letters: I is the image of the fractal, x an image, y its label, p_theta the
+# softmax of a network's logits, theta are its weights, and v is a point of the plane. point(z) is
+# the distribution of a z that is always 0. (It is Dirac's delta, but we have Delta and --delta
+# already.)
 #
 #     (6)  p_data(x, y)  = point(x - I) point(y)                    one image; y is always 0
 #     (7)  p_Delta(x, y) = mean over eps of point(x - I_eps) point(y - eps)    each eps a class
@@ -302,18 +303,18 @@ def stamp(images, generator=None):
 #
 # Is there a picture for each eps? Nearly half of the perturbations of the default fractal have a
 # map that stretches in one direction (a singular value above 1). What section 1 says holds only if
-# every map contracts. But here a long random sequence of the maps contracts on average, and so the
-# dots still settle to one shape. (Now and then a dot lies far out, and the rest is drawn smaller.)
+# every map contracts. But at Delta = 0.1 a long random sequence of maps contracts on average, so
+# the dots settle to one shape. (Now and then a dot lies far out, and the rest is drawn smaller.)
 #
 # What is Delta for? As Delta goes to 0 the data become one single image. So with Delta the paper
 # asks how narrow data may be before pre-training fails: in its Table 5 it fails at 0.01 and below.
 #
-# What is integrated? In theory there are as many classes as points in the cube, and the data are an
-# integral over all of them (Eq. 7). Hence the name LIEP, "locally integrated empirical"
-# distribution. In practice, the paper says, the integral is a sample: L random eps, drawn once,
-# make L classes (1,000 in the paper, 64 in nano) with one image each. A label is the index of an
-# eps in this list, 0 to L - 1; the numbers of eps are never predicted. The loss, LPCE or "locally
-# perturbed cross entropy" (Eq. 8), is then plain cross entropy.
+# What does LIEP mean? In theory there are as many classes as points in the cube, and the data are
+# an integral over all of them (Eq. 7): a "locally integrated empirical" distribution. In practice,
+# the paper says, the integral is a sample: L random eps, drawn once, make L classes (1,000 in the
+# paper, 64 in nano) with one image each. A label is the index of an eps in this list, 0 to L - 1;
+# the numbers of eps are never predicted. The loss, LPCE or "locally perturbed cross entropy" (Eq.
+# 8), is then plain cross entropy.
 #
 # Where does variety within a class come from? As each class has one image, it comes from
 # augmentation (section 5), or from a fresh texture (below). The recipe nano has crops, jitter and
@@ -331,7 +332,7 @@ def stamp(images, generator=None):
 # And the texture (`stamp` of section 2)? The authors' code gives each image random masks, once
 # (`--texture random`, as in recipe paper). As they never change, they can give a class away without
 # its shape. At Delta = 0 all shapes are the same, and nano (without cutmix) still learns to name
-# 10% of them in 1,500 steps (guessing: 1.6%), by the masks alone; it gains nothing for CIFAR-100.
+# 10% of its crops in 1,500 steps (guessing: 1.6%), by the masks alone; CIFAR-100 gains nothing.
 # `--texture fresh` draws new masks at each step, our reading of "w/ Aug." in the paper's Table 13.
 # Without masks, `--texture fill` (nano) draws a dot as a square of 3x3 pixels, `--texture point` as
 # a single pixel.
@@ -370,15 +371,16 @@ class Data:
 
     draw(i) makes images, once if they are not too many to be kept, else at each data[i]. texture:
     the masks that `stamp` adds, "random" (of each image its own, always the same) or "fresh" (new
-    at each data[i]). omega: the numbers that images are drawn from (the paper's name), as a record.
+    at each data[i]). classes: their names, if they have any. omega: the numbers that images are
+    drawn from (the paper's name), as a record.
     fingerprint: of all labels and the images that are kept, or else of the first 64.
     """
 
-    def __init__(self, labels, draw, args, texture=None, **omega):
+    def __init__(self, labels, draw, args, texture=None, classes=None, **omega):
         self.labels, self.draw, self.seed = labels.to(args.device), draw, args.seed
-        self.texture, self.omega = texture, omega
-        self.classes = None  # their names, if they have any
-        self.images, first = None, self.make(torch.arange(min(64, len(labels))))
+        self.texture, self.classes, self.omega = texture, classes, omega
+        self.images = None
+        first = self.make(torch.arange(min(64, len(labels))))
         if len(labels) * first[0].numel() <= KEPT:
             self.images = first.new_empty(len(labels), *first.shape[1:])
             for i, some in zip(torch.arange(len(labels)).split(64), self.images.split(64)):
@@ -422,7 +424,7 @@ def liep_data(base, draw_params, args, texture=None, least=0.0, background=0, **
     while len(kept) < args.L:
         params = perturb(base, args.delta, 32, generator, args.noise)  # the next 32 to try
         share = covered(draw_params(params), background)
-        kept += params[(share > 0) & (share >= least)]
+        kept.extend(params[(share > 0) & (share >= least)])
         tried += len(params)
         if tried > 1000 * (1 + len(kept)):
             raise InputError(f"--delta {args.delta}: {tried - len(kept)} of {tried} images are "
@@ -585,11 +587,11 @@ class ViT(nn.Module):
 # a matrix of weights is the resized row, and each sample has the matrix of its own box. A row of
 # four pixels, halved:
 #
-#     matrix = resize_matrix(start=[0], length=[4], pixels=4, size=2)  =    0.46 -0.04
-#                                                                           0.46  0.12
-#                                                                           0.12  0.46
-#                                                                          -0.04  0.46
-#     [0, 0, 100, 100] @ matrix = [8, 92]
+#     resize_matrix(torch.tensor([0]), torch.tensor([4]), 4, 2)[0]  =    0.46 -0.04
+#                                                                        0.46  0.12
+#                                                                        0.12  0.46
+#                                                                       -0.04  0.46
+#     [0, 0, 100, 100] times it = [8, 92]
 #
 # Why not F.grid_sample? It mixes only the pixels next to one place, so when an image shrinks most
 # pixels have no weight (no antialiasing). F.interpolate antialiases, but takes one box for a whole
@@ -735,8 +737,8 @@ class Augment:
 # The paper pre-trains with AdamW and fine-tunes with SGD. The recipes nano and small (section F)
 # have Muon for the weight matrices of the blocks, in both, and AdamW for the rest. The momentum of
 # a weight matrix, a running mean of its gradients, is a matrix U S V^T with singular values S. Muon
-# steps along about U V^T: all directions equally far. So a direction that few images ask for (a
-# small singular value) is learned as fast as one that many ask for.
+# steps along about U V^T: all directions equally far. So a direction with a small singular value
+# (asked for weakly, or by few images) moves as far as any other.
 
 def seed_for(*key):
     """A 31-bit seed from any key of numbers and strings, the same on every machine."""
@@ -833,7 +835,7 @@ def train(args, run, model, data, augment, steps, tests=None):
                 run.save_samples(x, augment)
             run.step = step + 1
             run.count(loss, logits, target)
-            testing = tests is not None and run.due(test_every)  # and at the last step
+            testing = tests is not None and run.due(test_every)  # due: also at the last step
             stopping = bool(signals)
             saving = stopping or run.due(args.save_every)
             if testing or saving or run.due(args.log_every):
@@ -872,13 +874,13 @@ def evaluate(model, data, augment, args):
 #     weight decay  0.05 -> 1e-4                          0.05 -> 0.05
 #     warm-up       15 steps (sic) -> 1% of the steps     2% -> 5% of the steps
 #     batch         256 -> 768                            128 -> 64
-#     smoothing     0.1 -> 0.1 (of labels)                none -> 0.1
+#     label smooth. 0.1 -> 0.1                            none -> 0.1
 #     least crop    8% -> 8% of the area                  10% -> 70%
 #     flips         left-right, up-down -> left-right     none -> left-right
 #     mixup, cutmix both -> both                          cutmix -> none
 #     erased boxes  50% -> 25% of the images              none -> none
 #     RandAugment   on -> on                              none -> none
-#     jitter        none (RandAugment does it)            on -> off
+#     jitter        none (RandAugment does it)            on -> none
 #     pixels        (x - 0.5) / 0.5 -> ImageNet's mean and standard deviation, for both
 
 def make_model(args, classes):
@@ -903,7 +905,7 @@ def pretrain(args):
     run = Run(args)  # its folder, log and checkpoint: section D
     data = source_data(args)  # section 3, or B
     classes = int(data.labels.max()) + 1
-    augment = make_augment(args, classes, flip=(args.flip / 2,) * 2, erase=args.erase / 2)
+    augment = make_augment(args, classes, flip=(0.5 * args.flip,) * 2, erase=0.5 * args.erase)
     train(args, run, make_model(args, classes).to(args.device), data, augment, args.steps)
 
 
@@ -921,7 +923,8 @@ def finetune(args):
         load_weights(model, args.ckpt)  # all but the head: section D
     if args.probe:
         model = Probe(model, args.probe, classes)  # section E
-    augment = make_augment(args, classes, flip=(args.flip / 2, 0), erase=args.erase / 4, **IMAGENET)
+    augment = make_augment(args, classes, flip=(0.5 * args.flip, 0), erase=0.25 * args.erase,
+                           **IMAGENET)
     steps = math.ceil(args.epochs * len(data) / args.batch_size)
     train(args, run, model.to(args.device), data, augment, steps, tests)
 
@@ -1064,7 +1067,7 @@ def fractaldb_data(args):
         maps = maps * used[..., None, None]  # a map that is not used is 0: never chosen
         images = render_ifs(maps, dilated=False, generator=seeded(args.fractal_seed),
                             probs=maps[..., :2].det().abs())
-        systems += maps[covered(images) >= 0.2]
+        systems.extend(maps[covered(images) >= 0.2])
     systems = torch.stack(systems[:args.categories])
     weights = torch.ones(25, 6)  # the first one is the original
     for n in range(24):
@@ -1177,7 +1180,7 @@ def contour_data(args):
         return draw(numbers(args.fractal_seed, *pair) for pair in pairs)
 
     if args.categories > 1:
-        return many_data(draw_many, args)
+        return many_data(draw_many, args, fractal_seed=args.fractal_seed)
     for category in itertools.count():
         offsets, centre, greys = numbers(args.fractal_seed, category, 0)
         image = draw_contour(offsets, centre, greys, 512, background)  # whatever the canvas is
@@ -1280,18 +1283,13 @@ DATASETS = {  # name: torchvision's class
     "food101": "Food101", "pets": "OxfordIIITPet", "aircraft": "FGVCAircraft"}
 
 
-TURNS = {2: 0, 3: 3, 4: 1, 5: 5, 6: 4, 7: 6, 8: 2}  # EXIF's orientation: Pillow's Transpose
-
-
 def read_image(file):
     """An image file in RGB as a viewer shows it: upright by its EXIF tag, over white where it is
     transparent, 16 bits of grey as 8."""
     with Image.open(file) as image:
-        turn = None
+        image.load()  # so that an error of the image is not one of its tags
         with contextlib.suppress(Exception):  # broken tags
-            turn = TURNS.get(image.getexif().get(0x0112))
-        if turn is not None:
-            image = image.transpose(turn)
+            ImageOps.exif_transpose(image, in_place=True)
         if image.mode[0] == "I":  # convert() would clip it at 255
             grey = np.asarray(image) / 257 + 0.5
             image = Image.fromarray(grey.clip(0, 255).astype(np.uint8))
@@ -1408,18 +1406,16 @@ def photographs(dataset, chosen, args):
     def draw(i):
         return torch.stack([*pool.map(read_square, chosen[i].tolist())]).to(args.device)
 
-    data = Data(labels[chosen], draw, args)
-    data.classes = list(dataset.classes)
-    return data
+    return Data(labels[chosen], draw, args, classes=list(dataset.classes))
 
 
 def downstream_data(args):
     """--data -> images to train on, images to test on."""
-    for lead in (True, False):  # the lead downloads first
-        if lead == args.lead:
-            train, test = open_datasets(args)
-        if args.world_size > 1:
-            torch.distributed.barrier()
+    if not args.lead:
+        torch.distributed.barrier()  # until the lead has downloaded them
+    train, test = open_datasets(args)
+    if args.lead and args.world_size > 1:
+        torch.distributed.barrier()
     labels = labels_of(train)
     some = args.train_per_class or args.holdout
     order = order_by_pixels(train, args) if some else torch.arange(len(labels))
@@ -1454,16 +1450,6 @@ def say(text):
         print(text, flush=True)
     except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-def replace_file(path, content):
-    """Write a file beside it, flush to disk, rename: at any moment there is one whole file."""
-    part = Path(f"{path}.part")
-    with open(part, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(part, path)
 
 
 def to_json(content):
@@ -1530,19 +1516,19 @@ FREE = {*"out root image device compile rank lead log_every save_every eval_epoc
 class Run:
     """A training in its folder. A checkpoint, last.pt, makes the folder a run's: the same command
     goes on from there, another one is refused. Before the first checkpoint any command may begin.
-    Beside it are args.json (the settings, for people), log.jsonl, and the pictures."""
+    Beside it are args.json (the settings, for people), omega.json (what images were drawn from),
+    log.jsonl, and the pictures."""
 
     def __init__(self, args):
         self.args, self.out, self.last = args, Path(args.out), Path(args.out, "last.pt")
-        self.step, self.log, self.settings, self.saved = 0, [], {}, None
+        self.step, self.steps, self.log, self.settings, self.saved = 0, None, [], {}, None
         self.sums = torch.zeros(3, device=args.device)  # loss, right, steps since the last line
-        ended = False
         with blaming(f"--out {args.out}: cannot go on from its last.pt; give another --out"):
             if self.last.exists():
                 self.saved = load_file(self.last)
                 self.settings, self.log = dict(self.saved["args"]), list(self.saved["log"])
-                self.step = int(self.saved["step"])
-                ended = self.step == int(self.saved["steps"])
+                self.step, self.steps = int(self.saved["step"]), int(self.saved["steps"])
+            ended = self.step == self.steps
             self.agree(vars(args), FREE - {"root", "image"} if ended else FREE)
             if args.world_size > 1:
                 total = over_ranks(torch.tensor(self.step, device=args.device), args)
@@ -1582,7 +1568,7 @@ class Run:
         if self.args.lead:
             self.out.mkdir(parents=True, exist_ok=True)
             record = self.settings | dict(classes=data.classes) | machine(self.args)
-            replace_file(self.out / "args.json", to_json(record).encode())
+            (self.out / "args.json").write_text(to_json(record))
             if data.omega:
                 (self.out / "omega.json").write_text(to_json(data.omega))
             self.write_log(self.log, "w")  # without lines that came after the checkpoint
@@ -1625,24 +1611,24 @@ class Run:
             file.writelines(json.dumps(record) + "\n" for record in records)
 
     def refuse_infinite(self, *tensors):
-        """InputError unless all numbers are finite. The folder is then free for another --lr."""
+        """InputError unless all numbers are finite, before last.pt would be overwritten."""
         if not all(t.isfinite().all() for t in tensors):
-            kept = ""
-            if self.args.lead and self.last.exists():
-                os.replace(self.last, self.out / "finite.pt")
-                kept = f"; the last weights that were saved are in {self.out / 'finite.pt'}"
             raise InputError(f"--lr {self.args.lr}: the loss or a weight is not finite at step "
-                             f"{self.step}; give a lower one{kept}")
+                             f"{self.step}; give a lower one, and another --out")
 
     def save(self):
-        """Write last.pt, from which the run can go on."""
+        """Write last.pt, from which the run can go on, so that at any moment there is a whole one:
+        write a file beside it, flush it to disk, rename it."""
         self.refuse_infinite(*self.model.parameters())
         if self.args.lead:
-            file = io.BytesIO()
-            torch.save(dict(args=self.settings, step=self.step, steps=self.steps, log=self.log,
-                            model=self.model.state_dict(),
-                            optimizer=self.optimizer.state_dict()), file)
-            replace_file(self.last, file.getbuffer())
+            part = self.out / "last.pt.part"
+            with open(part, "wb") as file:
+                torch.save(dict(args=self.settings, step=self.step, steps=self.steps, log=self.log,
+                                model=self.model.state_dict(),
+                                optimizer=self.optimizer.state_dict()), file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(part, self.last)
 
     def stop(self, signals):
         self.say(f"onepfrac: saved step {self.step} of {self.steps}; the same command goes on")
@@ -1650,10 +1636,9 @@ class Run:
 
     def save_samples(self, x, augment):
         """samples.png: what the network sees, the first images of a batch (B, 3, S, S)."""
-        mean, std = (torch.tensor(v).view(3, 1, 1) for v in (augment.mean, augment.std))
         if self.args.lead:
-            x = (x[:64].float().cpu() * std + mean).clamp(0, 1)
-            torchvision.utils.save_image(x, self.out / "samples.png")
+            mean, std = (torch.tensor(v).view(3, 1, 1) for v in (augment.mean, augment.std))
+            torchvision.utils.save_image(x[:64].cpu() * std + mean, self.out / "samples.png")
 
     def save_curve(self):
         """curve.png: accuracy on the batches, and on the test images if any."""
@@ -1742,12 +1727,9 @@ class Muon(torch.optim.AdamW):
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
-            shapes = {}
-            for p in group["params"] if "muon_dtype" in group else ():
-                if p.grad is not None:
-                    shapes.setdefault(p.shape, []).append(p)
-            for matrices in shapes.values():
-                self.move(matrices, **group)
+            matrices = group["params"] if "muon_dtype" in group else []
+            for shape in dict.fromkeys(p.shape for p in matrices):
+                self.move([p for p in matrices if p.shape == shape], **group)
         super().step()  # passes over parameters without a gradient
 
     def move(self, matrices, lr, weight_decay, muon_dtype, momentum=0.95, **_):
@@ -2023,8 +2005,7 @@ def main(words=None):
     """Run one command -> exit status."""
     try:
         args = parse(sys.argv[1:] if words is None else words)
-        with (torch.random.fork_rng(range(torch.cuda.device_count())),  # both are set back
-              mock.patch.object(PngImagePlugin, "MAX_TEXT_CHUNK", 2 ** 26)):  # of profiles, too
+        with torch.random.fork_rng(range(torch.cuda.device_count())):  # a program keeps its own
             torch.manual_seed(args.seed)
             {"pretrain": pretrain, "finetune": finetune, "render": render}[args.command](args)
         if args.world_size > 1:
@@ -2069,5 +2050,7 @@ def keep_memory():
 
 if SCRIPT:
     keep_memory()
-    sys.stdout.reconfigure(errors="backslashreplace")  # a terminal may lack letters of a path
+    PngImagePlugin.MAX_TEXT_CHUNK = 2 ** 26  # a PNG's colour profile may be large
+    with contextlib.suppress(AttributeError):  # no standard output, or a notebook's
+        sys.stdout.reconfigure(errors="backslashreplace")  # a terminal may lack letters of a path
     sys.exit(main())

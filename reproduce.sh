@@ -80,7 +80,7 @@ row() {    # LABEL TOP-1-IN-THE-PAPER FLAGS: pre-train with the flags, then fine
         finetune\ *) stage "$(name $flags)" $flags ${DATA:-} ${TUNE:-} ;;
         fractal\ *)
             stage "$(name $before)" pretrain $before ${PRE:-}
-            stage "$(name $flags)" ${flags#fractal } ${DATA:-} ${TUNE:-} ;;
+            stage "$(name $before ${flags#fractal })" ${flags#fractal } ${DATA:-} ${TUNE:-} ;;
         *) stage "$(name $before $flags)" pretrain $before $flags ${PRE:-} ;;
         esac
         end=$(name $after)/$start/$seed
@@ -167,7 +167,8 @@ for table in "${@:-transfer}"; do
         both "Muon, " "$AFTER" ;;
     controls) before=$BEFORE after=$AFTER seeds="0 1 2"
         photographs
-        row "from one fractal"; row "Delta 0.001" "" "--delta 0.001"
+        row "from one fractal"; row "Delta 0.001" "" "--delta 0.001"; row "from 64 fractals" "" "--categories 64"
+        row "noise" "" "--source gaussian --texture random"
         row "from 64 photographs as 64 classes" "" "$PHOTOGRAPHS"
         row "supervised, 250 other images a class" "" "$OTHERS"; row "from scratch" "" scratch ;;
     fractals) row "fractal 32" ""; for k in 0 1 2; do row "fractal $k" "" "--fractal-seed $k"; done ;;

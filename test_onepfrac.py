@@ -1380,9 +1380,32 @@ def test_an_image_is_read_as_a_viewer_shows_it(tmp_path):
         at = max(broken.find(mark) for mark in (b"\x31\x01", b"\x01\x31"))
         broken[at + 8:at + 12] = b"\x7f\x7f\x7f\x7f"
         assert (read(eight, exif=bytes(broken))[..., 0] == want).all(), number
+        eight.convert("RGB").save(tmp_path / "x.tiff", tiffinfo={0x0112: number if number < 9 else 1}, compression="tiff_lzw")
+        assert (np.asarray(op.read_image(tmp_path / "x.tiff"))[..., 0] == want).all(), number
 
 
-def test_text_and_profiles_of_a_megabyte_are_read_within_main(image_folder, tmp_path, refused):
+@pytest.mark.parametrize("kind", ["png", "jpg", "webp", "gif"])
+def test_rotten_images_are_refused_wherever_Pillow_refuses_them(kind, tmp_path):
+    """Bytes in the middle are overwritten. Whatever can be told of it must not be taken for broken tags."""
+    Image.effect_noise((60, 40), 80).convert("RGB").save(tmp_path / f"x.{kind}")
+    whole, chance, told = (tmp_path / f"x.{kind}").read_bytes(), random.Random(0), 0
+    for _ in range(40):
+        rotten, at = bytearray(whole), chance.randrange(len(whole) // 3, len(whole) - 40)
+        rotten[at:at + 20] = chance.randbytes(20)
+        (tmp_path / f"x.{kind}").write_bytes(rotten)
+        try:
+            with Image.open(tmp_path / f"x.{kind}") as image:
+                want = np.asarray(image.convert("RGB"))
+        except Exception:
+            told += 1
+            with pytest.raises(Exception):
+                op.read_image(tmp_path / f"x.{kind}")
+        else:
+            assert (np.asarray(op.read_image(tmp_path / f"x.{kind}")) == want).all()
+    assert told
+
+
+def test_text_and_profiles_of_a_megabyte_are_read_by_the_script(image_folder, tmp_path):
     root, text = shutil.copytree(image_folder, tmp_path / "x"), PngImagePlugin.PngInfo()
     text.add_text("about", "x" * 3_000_000, zip=True)
     picture = Image.open(root / "train" / "down" / "1.png")
@@ -1391,8 +1414,9 @@ def test_text_and_profiles_of_a_megabyte_are_read_within_main(image_folder, tmp_
     for name in ("1.png", "2.png"):
         with pytest.raises(ValueError):                         # Pillow's own limit, which a program may rely on
             op.read_image(root / "train" / "down" / name)
-    assert main("finetune", "--data", "folder", "--root", root, "--epochs", 0.1, "--batch-size", 8, *QUICK, "--out",
-                tmp_path / "run") == 0
+    words = [SCRIPT, "finetune", "--data", "folder", "--root", root, "--epochs", 0.1, "--batch-size", 8, *QUICK, "--out",
+             tmp_path / "run"]
+    subprocess.run([sys.executable, *map(str, words)], check=True)
 
 
 def test_a_folder_is_one_folder_a_class_without_what_systems_put_beside_images(tmp_path, refused):
@@ -1592,7 +1616,7 @@ def test_another_command_is_refused_by_what_differs_and_changes_nothing(trained,
 
 
 @pytest.mark.parametrize("bad, step, at", [(4, 4, 2), (5, 6, 4)])       # a weight after step 4; the loss of step 5
-def test_what_is_not_finite_ends_a_run_and_any_command_may_begin_there(bad, step, at, tmp_path, monkeypatch, refused):
+def test_what_is_not_finite_ends_a_run_and_its_last_weights_stay(bad, step, at, tmp_path, monkeypatch, refused):
     train_step, calls = op.train_step, []
     words = ["pretrain", *SMALL, *QUICK, "--steps", 6, "--save-every", 2, "--log-every", 100, "--out"]
 
@@ -1604,12 +1628,12 @@ def test_what_is_not_finite_ends_a_run_and_any_command_may_begin_there(bad, step
         return loss * (math.nan if len(calls) == bad == 5 else 1), logits
     monkeypatch.setattr(op, "train_step", spoil)
     error = refused(*words, tmp_path / "x")
-    assert f"step {step}" in error and "--lr 0.002" in error and f"{tmp_path / 'x' / 'finite.pt'}" in error
-    content = torch.load(tmp_path / "x" / "finite.pt", weights_only=True)
+    assert f"step {step}" in error and "--lr 0.002" in error and "another --out" in error
+    content = saved(tmp_path / "x")
     assert content["step"] == at and all(t.isfinite().all() for t in content["model"].values())
     monkeypatch.undo()
-    for run in ("x", "new"):
-        assert main(*words, tmp_path / run, "--lr", 0.001) == 0
+    for run in ("x", "new"):                                    # it was the weights, not the command
+        assert main(*words, tmp_path / run) == 0
     assert_same(tmp_path / "x", tmp_path / "new")
 
 
@@ -1665,6 +1689,8 @@ def test_a_run_outlives_its_readers_and_an_unreadable_image(fine, image_folder, 
         monkeypatch.setattr(sys, "stdout", output)
         assert main(*words, tmp_path / (str(k) if k else "b")) == 0
     assert_same(tmp_path / "a", tmp_path / "b")
+    closed = subprocess.run(["sh", "-c", f"'{sys.executable}' '{SCRIPT}' -h >&-"], capture_output=True, text=True)
+    assert closed.returncode == 0 and "Traceback" not in closed.stderr and "pretrain" in closed.stderr
 
 
 def test_only_a_gpu_compiles_and_only_if_it_may(monkeypatch, fine, tmp_path, refused):

@@ -64,7 +64,8 @@ TABLES = {
         {arms("8 epochs", "")}
         {arms("28 epochs", "--epochs 28")}"""),
     "controls": ("what else can be learned in as many steps as the fractal", 3, "", C250, """
-        from one fractal; Delta 0.001 || --delta 0.001
+        from one fractal; Delta 0.001 || --delta 0.001; from 64 fractals || --categories 64
+        noise || --source gaussian --texture random
         from 64 photographs as 64 classes || --source folder --root controls/photographs
         supervised, 250 other images a class || --source folder --root controls/others; from scratch || scratch"""),
     "optimizers": ("250 images a class, 8 epochs", 1, "", C250, f"""
@@ -150,7 +151,8 @@ def names(table, start, tune, seed):
         return "-".join(" ".join(flags).replace("--", "").replace("/", "-").split()) or "nano"
     trained = start not in ("scratch", "mimetic", "impulse")
     if trained:
-        start = name(start) if start.startswith(("finetune ", "fractal ")) else name(TABLES[table][2], start)
+        before = "" if start.startswith("finetune ") else TABLES[table][2]
+        start = name(before, start.removeprefix("fractal "))
     return f"starts/{start}/{seed}" if trained else None, f"{name(TABLES[table][3], tune)}/{start}/{seed}"
 
 

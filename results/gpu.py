@@ -89,6 +89,13 @@ def verdict(right, what):
         print(f"FAIL {what}", flush=True)
 
 
+def write_whole(path, content):
+    """So that at any moment there is a whole file, whenever the time is over."""
+    part = path.with_name(f"{path.name}.part")
+    part.write_bytes(content)
+    part.replace(path)
+
+
 def collect():
     """What the runs wrote, in one file."""
     file = io.BytesIO()
@@ -96,7 +103,7 @@ def collect():
         for pattern in ("*.txt", "*/args.json", "*/log.jsonl", "*/*.png"):
             for path in WORK.glob(pattern):
                 archive.writestr(str(path.relative_to(WORK)), path.read_bytes())
-    op.replace_file(OUT / "logs.zip", file.getbuffer())
+    write_whole(OUT / "logs.zip", file.getbuffer())
 
 
 def one_by_one(until, functions):
@@ -132,7 +139,7 @@ def trained(name, words, until=None, at_step=lambda run: None, accelerate=op.acc
         if name in ("fractal", "final-fractal", "final-scratch"):
             file = io.BytesIO()
             torch.save(dict(model={key: t.half() for key, t in run.model.state_dict().items()}), file)
-            op.replace_file(OUT / f"{name}.pt", file.getbuffer())
+            write_whole(OUT / f"{name}.pt", file.getbuffer())
     torch.compiler.reset()
     with mock.patch.multiple(op.Run, count=counted, save=saved), mock.patch.object(op, "accelerate", accelerate), \
             open(WORK / "output.txt", "a") as output, contextlib.redirect_stdout(output):
@@ -328,7 +335,7 @@ def prepared(recipe):
     """-> settings, network on the device, draw(): a batch and its targets"""
     args = op.parse(PRETRAIN[recipe])
     data, model = op.source_data(args), op.make_model(args, args.L).to(DEVICE)
-    augment = op.make_augment(args, args.L, flip=(args.flip / 2,) * 2, erase=args.erase / 2)
+    augment = op.make_augment(args, args.L, flip=(0.5 * args.flip,) * 2, erase=0.5 * args.erase)
     return args, model, lambda: augment(*data[torch.randint(len(data), (args.batch_size,))])
 
 

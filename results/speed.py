@@ -12,6 +12,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -128,7 +129,7 @@ class Operations(TorchDispatchMode):
 
 def randaug_operations(apply, batch=256):
     """Of RandAugment on a batch as in recipe paper, where each kind occurs."""
-    with op.mock.patch.object(op, "apply_op", apply), Operations() as counter:
+    with mock.patch.object(op, "apply_op", apply), Operations() as counter:
         torch.manual_seed(0)
         op.rand_augment(torch.zeros(batch, 1, 16, 16))
     return counter.count

@@ -1,6 +1,7 @@
 """Tests of reproduce.sh and of the scripts in results/, but for gpu.py."""
 import argparse
 import json
+import math
 import os
 import signal
 import subprocess
@@ -23,6 +24,7 @@ import inits
 import mutants
 import onepfrac as op
 import speed
+import why
 
 def seeded(seed=0):
     return torch.Generator().manual_seed(seed)
@@ -39,6 +41,37 @@ def test_faults_lose_nothing_and_leave_no_traceback():
     assert kills["ended_at_random"] >= 2 and kills["runs"] >= 1
     assert all(part[key] == 0 for part in (kills, *bad) for key in part.keys() & faults.ZERO)
     assert [part["runs"] for part in bad] == [6, 6, 4, 12] and min(part["refused_in_one_line"] for part in bad) > 0
+
+
+def test_how_far_heads_look():
+    """Heads that look everywhere alike, against a plain loop; heads that look at their own place alone."""
+    side, model = 4, op.ViT(32, 8, 10, 96, 2, 3)
+    places = [(i, j) for i in range(side) for j in range(side)]
+    mean = sum(math.dist(a, b) for a in places for b in places) / len(places) ** 2
+    x = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        for block in model.blocks:
+            block.attn.qkv.weight.zero_()
+        assert why.attention_distances(model, x).sub(mean).abs().max() < 1e-5
+        model.pos_embed[0, 1:, :side ** 2] = 1_000 * torch.eye(side ** 2)
+        for block in model.blocks:
+            for rows in block.attn.qkv.weight[:2 * 96].split(32):           # queries and keys of all heads
+                rows[:, :32] = 10 * torch.eye(32)
+        assert why.attention_distances(model, x).shape == (2, 3)
+        assert why.attention_distances(model, x).max() < 1e-3
+
+
+def test_filters_are_what_a_patch_embedding_sees():
+    """A matrix whose two filters are known; its colours."""
+    seen = torch.zeros(2, 3, 8, 8)
+    seen[0, :, 0, 0], seen[1, 0, 2, 5] = -1, 1                              # a grey dot; a red one
+    weight = torch.zeros(96, 3, 8, 8)
+    weight[4], weight[7] = 5 * seen[0], 3 * seen[1]
+    first, second = why.filters(weight, 2)
+    assert first.shape == (8, 8, 3) and first[0, 0].tolist() in ([1, 1, 1], [255, 255, 255])
+    assert second[2, 5].tolist() in ([1, 128, 128], [255, 128, 128])
+    assert (first.flatten()[3:] == 128).all() and (second != 128).sum() == 1
+    assert why.grey(weight) == pytest.approx((25 * 3 + 9 / 3) / (25 * 3 + 9))
 
 
 def test_mimetic_weights_have_the_products_of_the_paper():

@@ -26,7 +26,7 @@ def pretext_accuracy(path, settings, images, seed):
     data = op.source_data(args)
     model = op.make_model(args, args.L).eval()
     model.load_state_dict(torch.load(path, weights_only=True)["model"])
-    augment = op.make_augment(args, args.L, flip=(args.flip / 2,) * 2, erase=args.erase / 2)
+    augment = op.make_augment(args, args.L, flip=(0.5 * args.flip,) * 2, erase=0.5 * args.erase)
     torch.manual_seed(seed)
     right = 0
     for i in (torch.arange(images) % args.L).split(500):

@@ -1,12 +1,12 @@
-"""Where does what pre-training has learned sit? Parts of its weights are put into a fresh network and fine-tuned.
+"""What has pre-training learned, and where does it sit? Parts of its weights in a fresh network; pictures of filters.
 
     python results/why.py make PRETRAINED SEED FOLDER      # FOLDER/SEED/<part>/start.pt, one for each part
-    python results/why.py look LABEL=CHECKPOINT ...        # how far each head looks, to why.json; no file: fresh
+    python results/why.py look LABEL=CHECKPOINT ...        # how far heads look, and filters, to why.json; no file: fresh
     python results/why.py draw                             # why.png, from runs.jsonl and why.json
 
-Then each is trained, `onepfrac.py finetune --ckpt FOLDER/SEED/<part>/start.pt --seed SEED --train-per-class 250 --epochs 3
---out FOLDER/SEED/<part>/run`, and `experiments.py --keep` takes the records. The rest of a network is what this command
-would start from without --ckpt.
+After `make` each is trained, `onepfrac.py finetune --ckpt FOLDER/SEED/<part>/start.pt --seed SEED --train-per-class 250
+--epochs 3 --out FOLDER/SEED/<part>/run`, and `experiments.py --keep` takes the records. The rest of a network is what
+this command would start from without --ckpt.
 """
 import json
 import statistics
@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from matplotlib.figure import Figure
 
 HERE = Path(__file__).resolve().parent
@@ -21,7 +22,7 @@ sys.path.insert(0, str(HERE.parent))
 import experiments
 import onepfrac as op
 
-SHOWN = "fresh", "the fractal's", "scratch, fine-tuned", "the fractal's, fine-tuned"      # in the figure
+SHOWN = "fresh", "the fractal's", "64 photographs'", "scratch, fine-tuned", "the fractal's, fine-tuned"    # filters
 EMBEDDING = ("patch_embed", "cls_token", "pos_embed")
 PARTS = {       # what is taken over: of name, number of the block (-1: embedding; depth: the last norm), depth
     "all weights": lambda name, k, depth: True,
@@ -89,8 +90,21 @@ def distances(n):
     return torch.cdist(at, at)
 
 
+def filters(weight, count=12):
+    """Of a patch embedding (dim, 3, p, p) the first right singular vectors: the patches that move its output most, each
+    with 128 for 0 and its largest number at 1 or 255 -> (count, p, p, 3)"""
+    _, _, rows = torch.linalg.svd(weight.flatten(1), full_matrices=False)
+    rows = rows[:count] / rows[:count].abs().amax(1, keepdim=True)
+    return (128 + 127 * rows).round().int().view(-1, *weight.shape[1:]).movedim(1, -1)
+
+
+def grey(weight):
+    """Of a patch embedding (dim, 3, p, p) the share of its squares that red, green and blue have in common."""
+    return (3 * weight.mean(1).square().sum() / weight.square().sum()).item()
+
+
 def look(named, args):
-    """{label: distances of blocks and heads} on photographs that no run of `nano` trains on: the test images."""
+    """To why.json, for each label: distances of blocks and heads on 500 test images, filters, the share of grey."""
     _, tests = op.downstream_data(args)
     x = op.make_augment(args, 1, **op.IMAGENET).plain(tests[torch.arange(500)][0])
     found = json.loads((HERE / "why.json").read_text())
@@ -98,35 +112,36 @@ def look(named, args):
         model = op.make_model(args, 1).eval()
         if file:
             op.load_weights(model, file)
-        found[label] = attention_distances(model, x).tolist()
-        print(f"| {label} |", *(f"{torch.tensor(heads).mean():.2f} |" for heads in found[label]))
-    found["uniform"] = distances(args.img_size // args.patch_size).mean().item()
+        weight, heads = model.patch_embed.proj.weight.detach(), attention_distances(model, x)
+        found[label] = dict(distances=heads.tolist(), filters=filters(weight).tolist(), grey=grey(weight))
+        print(f"| {label} |", *(f"{block:.2f} |" for block in heads.mean(1)), f"{100 * grey(weight):.0f}% |")
     (HERE / "why.json").write_text(json.dumps(found) + "\n")
 
 
 def draw():
-    """Bars: top-1 after fine-tuning of each part. Dots: how far each head looks, block by block."""
+    """Bars: top-1 after fine-tuning of each part. Patches: the first filters of the patch embedding."""
     records, bars = experiments.read_records(), {}
     for part in (*PARTS, "shuffled", "spectrum", "scratch"):
         names = (f"why/{seed}/{part.replace(' ', '-')}/run" for seed in range(3))
         bars[part] = [records[name]["log"][-1]["test_top1"] for name in names if name in records]
     figure = Figure(figsize=(13, 4), layout="constrained")
-    left, right = figure.subplots(1, 2, width_ratios=[1.2, 1])
+    left, right = figure.subplots(1, 2, width_ratios=[1, 1.6])
     for k, (part, top1) in enumerate(reversed(bars.items())):
         left.barh(k, statistics.mean(top1), color="grey" if part == "scratch" else "C0", alpha=0.7)
         left.plot(top1, [k] * len(top1), "k.", ms=4)
-    left.set_yticks(range(len(bars)), reversed([*bars]))
+    shown = dict(shuffled="all, shuffled", spectrum="singular values alone", scratch="nothing (scratch)")
+    left.set_yticks(range(len(bars)), [shown.get(part, part) for part in reversed(bars)])
     left.axvline(statistics.mean(bars["scratch"]), color="grey", ls="--")
-    left.set(title="which weights are taken over", xlabel="top-1 on CIFAR-100 after 3 epochs (%); a dot: a seed",
-             xlim=(15, None))
+    left.set(title="which weights a fresh network takes over",
+             xlabel="top-1 on CIFAR-100 after 3 epochs (%); a dot: a seed")
     looks = json.loads((HERE / "why.json").read_text())
-    right.axhline(looks["uniform"], color="grey", ls="--", label="everywhere alike")
-    for k, label in enumerate(SHOWN):
-        for block, heads in enumerate(looks[label]):
-            right.plot([block + 1 + 0.15 * (k - len(SHOWN) / 2)] * len(heads), heads, f"C{k}o", ms=4, alpha=0.7,
-                       label=label if block == 0 else None)
-    right.set(title="how far a head looks (a dot: a head)", xlabel="block", ylabel="patches (mean distance)")
-    right.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
+    tiles = [F.pad(torch.tensor(looks[label]["filters"]), (0, 0, 1, 1, 1, 1), value=255) for label in SHOWN]
+    side = tiles[0].shape[1]
+    right.imshow(torch.cat([torch.cat([*row], 1) for row in tiles]))
+    right.set_yticks([side * (k + 0.5) - 0.5 for k in range(len(SHOWN))], SHOWN)
+    right.tick_params(left=False, bottom=False, labelbottom=False)
+    right.spines[:].set_visible(False)
+    right.set(title="the patches (8x8 pixels) that move the patch embedding most")
     figure.savefig(HERE / "why.png", dpi=110)
 
 
