@@ -36,6 +36,7 @@ import argparse
 import contextlib
 import ctypes
 import functools
+import io
 import itertools
 import json
 import math
@@ -1286,7 +1287,7 @@ DATASETS = {  # name: torchvision's class
 def read_image(file):
     """An image file in RGB as a viewer shows it: upright by its EXIF tag, over white where it is
     transparent, 16 bits of grey as 8."""
-    with Image.open(file) as image:
+    with open(file, "rb") as opened, Image.open(opened) as image:  # by name it scrambles some TIFFs
         image.load()  # so that an error of the image is not one of its tags
         with contextlib.suppress(Exception):  # broken tags
             ImageOps.exif_transpose(image, in_place=True)
@@ -1621,11 +1622,12 @@ class Run:
         write a file beside it, flush it to disk, rename it."""
         self.refuse_infinite(*self.model.parameters())
         if self.args.lead:
-            part = self.out / "last.pt.part"
+            part, content = self.out / "last.pt.part", io.BytesIO()
+            torch.save(dict(args=self.settings, step=self.step, steps=self.steps, log=self.log,
+                            model=self.model.state_dict(),
+                            optimizer=self.optimizer.state_dict()), content)
             with open(part, "wb") as file:
-                torch.save(dict(args=self.settings, step=self.step, steps=self.steps, log=self.log,
-                                model=self.model.state_dict(),
-                                optimizer=self.optimizer.state_dict()), file)
+                file.write(content.getbuffer())  # torch.save would hide that a disk is full
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(part, self.last)
@@ -1727,7 +1729,7 @@ class Muon(torch.optim.AdamW):
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
-            matrices = group["params"] if "muon_dtype" in group else []
+            matrices = [p for p in group["params"] if "muon_dtype" in group and p.grad is not None]
             for shape in dict.fromkeys(p.shape for p in matrices):
                 self.move([p for p in matrices if p.shape == shape], **group)
         super().step()  # passes over parameters without a gradient

@@ -22,6 +22,7 @@ import multiprocessing
 import os
 import random
 import re
+import resource
 import shutil
 import signal
 import socket
@@ -1356,6 +1357,11 @@ def test_small_squares_stay_and_other_shapes_are_cropped_to_the_middle(tmp_path)
     assert (images[..., 2:-2] == want[..., 2:-2]).all()
 
 
+TURNED = [  # an array as a viewer shows it whose EXIF orientation is 1, 2, ... 8; the last is none
+    np.asarray, np.fliplr, lambda a: a[::-1, ::-1], np.flipud, np.transpose, lambda a: np.rot90(a, -1),
+    lambda a: a[::-1, ::-1].T, np.rot90, np.asarray]
+
+
 def test_an_image_is_read_as_a_viewer_shows_it(tmp_path):
     """Whatever its mode or depth, over white where it is transparent, turned as its camera was."""
     def read(image, **more):
@@ -1370,8 +1376,8 @@ def test_an_image_is_read_as_a_viewer_shows_it(tmp_path):
     assert (read(drawing)[..., 0] == 255 * (np.asarray(drawing)[..., 3] == 0)).all()
     colours = eight.convert("P")
     assert read(colours, transparency=colours.getpixel((0, 0)))[0, 0].tolist() == [255] * 3
-    for number, want in enumerate((stored, stored[:, ::-1], stored[::-1, ::-1], stored[::-1], stored.T,
-                                   np.rot90(stored, -1), stored[::-1, ::-1].T, np.rot90(stored), stored), 1):
+    for number, turned in enumerate(TURNED, 1):
+        want = turned(stored)
         tags = Image.Exif()
         tags[0x0112] = number if number < 9 else 99             # the last is no turn
         assert (read(eight, exif=tags)[..., 0] == want).all(), number
@@ -1380,8 +1386,11 @@ def test_an_image_is_read_as_a_viewer_shows_it(tmp_path):
         at = max(broken.find(mark) for mark in (b"\x31\x01", b"\x01\x31"))
         broken[at + 8:at + 12] = b"\x7f\x7f\x7f\x7f"
         assert (read(eight, exif=bytes(broken))[..., 0] == want).all(), number
-        eight.convert("RGB").save(tmp_path / "x.tiff", tiffinfo={0x0112: number if number < 9 else 1}, compression="tiff_lzw")
-        assert (np.asarray(op.read_image(tmp_path / "x.tiff"))[..., 0] == want).all(), number
+        for mode, packed in (("RGB", "tiff_lzw"), ("L", None)):
+            eight.convert(mode).resize((8, 6)).save(tmp_path / "x.tiff", compression=packed,
+                                                    tiffinfo={0x0112: number if number < 9 else 1})
+            turned = np.asarray(op.read_image(tmp_path / "x.tiff"))[..., 0]
+            assert (turned == TURNED[number - 1](np.asarray(eight.resize((8, 6))))).all(), (number, mode)
 
 
 @pytest.mark.parametrize("kind", ["png", "jpg", "webp", "gif"])
@@ -1691,6 +1700,19 @@ def test_a_run_outlives_its_readers_and_an_unreadable_image(fine, image_folder, 
     assert_same(tmp_path / "a", tmp_path / "b")
     closed = subprocess.run(["sh", "-c", f"'{sys.executable}' '{SCRIPT}' -h >&-"], capture_output=True, text=True)
     assert closed.returncode == 0 and "Traceback" not in closed.stderr and "pretrain" in closed.stderr
+
+
+def test_a_disk_that_fills_in_the_middle_of_a_checkpoint_is_told_in_one_line(tmp_path):
+    """Here a file may not be larger than half of a checkpoint. Later the same command goes on."""
+    words = [sys.executable, SCRIPT, "pretrain", *SMALL, *QUICK, "--steps", 4, "--save-every", 2, "--out", tmp_path / "x"]
+    words = [*map(str, words)]
+    assert subprocess.run(words).returncode == 0
+    half = (tmp_path / "x" / "last.pt").stat().st_size // 2
+    shutil.rmtree(tmp_path / "x")
+    full = subprocess.run(words, stderr=subprocess.PIPE, text=True,
+                          preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (half, half)))
+    assert full.returncode == 2 and full.stderr.count("\n") == 1 and "--out" in full.stderr
+    assert subprocess.run(words).returncode == 0 and saved(tmp_path / "x")["step"] == 4
 
 
 def test_only_a_gpu_compiles_and_only_if_it_may(monkeypatch, fine, tmp_path, refused):
