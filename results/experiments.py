@@ -60,12 +60,15 @@ TABLES = {
             --img-size 16 {C250} --epochs 12 | --weight-decay 0.2 {C250} --epochs 7.5
         all images: the fractal, then small copies || fractal {SMALL} --epochs 10 | {FAIR} --epochs 10
         all images: small copies || {SMALL} --epochs 10 | {FAIR} --epochs 12.8"""),
+    "fair15": ("250 images a class; 900 computed seconds each", 3, f"{PICO} --img-size 16 --steps 9200",
+               f"{PICO} {FAIR} {C250}", f"""
+        the fractal, then small copies || fractal {SMALL} {C250} --epochs 12 | --epochs 15.5
+        small copies || {SMALL} {C250} --epochs 24 | --epochs 33.4 --randaug"""),
     "time": ("250 images a class; pre-training and 8 epochs take as long as 28 epochs", 3, "", C250, f"""
         {arms("8 epochs", "")}
         {arms("28 epochs", "--epochs 28")}"""),
     "controls": ("what else can be learned in as many steps as the fractal", 3, "", C250, """
-        from one fractal; Delta 0.001 || --delta 0.001; from 64 fractals || --categories 64
-        noise || --source gaussian --texture random
+        from one fractal; Delta 0.001 || --delta 0.001
         from 64 photographs as 64 classes || --source folder --root controls/photographs
         supervised, 250 other images a class || --source folder --root controls/others; from scratch || scratch"""),
     "optimizers": ("250 images a class, 8 epochs", 1, "", C250, f"""
