@@ -170,7 +170,8 @@ for table in "${@:-transfer}"; do
         both "Muon, " "$AFTER" ;;
     controls) before=$BEFORE after=$AFTER seeds="0 1 2"
         photographs
-        row "from one fractal"; row "Delta 0.001" "" "--delta 0.001"
+        row "from one fractal"; row "Delta 0.001" "" "--delta 0.001"; row "from 64 fractals" "" "--categories 64"
+        row "Gaussian noise" "" "--source gaussian --texture random"
         row "from 64 photographs as 64 classes" "" "$PHOTOGRAPHS"
         row "supervised, 250 other images a class" "" "$OTHERS"; row "from scratch" "" scratch ;;
     fractals) row "fractal 32" ""; for k in 0 1 2; do row "fractal $k" "" "--fractal-seed $k"; done ;;

@@ -68,7 +68,8 @@ TABLES = {
         {arms("8 epochs", "")}
         {arms("28 epochs", "--epochs 28")}"""),
     "controls": ("what else can be learned in as many steps as the fractal", 3, "", C250, """
-        from one fractal; Delta 0.001 || --delta 0.001
+        from one fractal; Delta 0.001 || --delta 0.001; from 64 fractals || --categories 64
+        Gaussian noise || --source gaussian --texture random
         from 64 photographs as 64 classes || --source folder --root controls/photographs
         supervised, 250 other images a class || --source folder --root controls/others; from scratch || scratch"""),
     "optimizers": ("250 images a class, 8 epochs", 1, "", C250, f"""
