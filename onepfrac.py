@@ -1254,9 +1254,12 @@ def image_data(args):
 
 
 def image_folder_data(args):
-    """Any images, one folder a class, in --root or in its train/."""
+    """Any images, one folder a class, in --root or in its train/ (unless that is a class itself: it
+    holds no folders)."""
     train = Path(args.root, "train")
-    return photographs(open_folder(train if train.is_dir() else args.root), None, args)  # section C
+    inside = train.iterdir() if train.is_dir() else ()
+    split = any(entry.is_dir() and not is_extra(entry.name) for entry in inside)
+    return photographs(open_folder(train if split else args.root), None, args)  # section C
 
 
 LIEP = "delta L noise "  # flags of the sources that are perturbed

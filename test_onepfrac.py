@@ -1443,6 +1443,11 @@ def test_a_folder_is_one_folder_a_class_without_what_systems_put_beside_images(t
     for folder in (root, root / "train"):                       # its train/, as in fine-tuning
         data = op.source_data(resolved("pretrain", "--device", "cpu", "--source", "folder", "--root", folder))
         assert data.labels.bincount().tolist() == [40, 40] and data.classes == ["across", "down"]
+    trains = stripes(tmp_path / "cifar", [("vehicles", 4)]) / "vehicles"
+    (trains / "down").rename(trains / "train")                  # a class of CIFAR-100
+    (trains / "train" / ".ipynb_checkpoints").mkdir()
+    data = op.source_data(resolved("pretrain", "--device", "cpu", "--source", "folder", "--root", trains))
+    assert data.classes == ["across", "train"] and len(data) == 8
     (root / "test").rename(root / "val")
     assert len(op.open_datasets(resolved("finetune", "--data", "folder", "--root", root))[1]) == 20
     shutil.copytree(root / "val" / "down", root / "val" / "other")
