@@ -20,7 +20,7 @@ WHOLE="--batch-size 128 --lr 3e-3"
 SHORT="--steps 1500 --no-cutmix" BRIEF="--train-per-class 250 --epochs 3"
 # A smaller network, which is better for scratch, and the fine-tuning of it that is best for scratch.
 PICO="--model vit_pico --patch-size 4" FAIR="$WHOLE --weight-decay 0.5"
-ALL="transfer fair fair15 few time fewtime length longer optimizers controls fractals fig3
+ALL="transfer fair fair15 few15 few time fewtime length longer optimizers controls fractals fig3
      table2 table3 table4 table5 table6 table7 table9 table11 table12 table13"
 
 python=.venv/bin/python
@@ -153,6 +153,10 @@ for table in "${@:-transfer}"; do
     fair15)   before="$PICO --img-size 16 --steps 9200" small="finetune $PICO $FAIR --img-size 16 $AFTER" seeds="0 1 2"
         after="$PICO $FAIR $AFTER --epochs 15.5"; row "the fractal, then small copies" "" "fractal $small --epochs 12"
         after="$PICO $FAIR $AFTER --epochs 33.4 --randaug"; row "small copies" "" "$small --epochs 24" ;;
+    few15)    before="$PICO --img-size 16 --steps 4600" few="--train-per-class 25 --epochs" seeds="0 1 2"
+        strong="--eval-epochs 25 --randaug --mixup --cutmix" small="finetune $PICO $FAIR --img-size 16 $few 40"
+        after="$PICO $WHOLE --weight-decay 0.2 $few 307 $strong"; row "the fractal"
+        after="$PICO $WHOLE --weight-decay 0.2 $few 404 $strong"; row "small copies" "" "$small" ;;
     few)      before=$BEFORE seeds="0 1 2"; both "" "--train-per-class 25" ;;
     time)     before=$BEFORE seeds="0 1 2"; both "8 epochs, " "$AFTER"; both "28 epochs, " "$AFTER --epochs 28" ;;
     fewtime)  before=$BEFORE after="--train-per-class 25 --epochs 40" seeds="0 1 2"; row "from one fractal, 40 epochs"

@@ -64,6 +64,11 @@ TABLES = {
                f"{PICO} {FAIR} {C250}", f"""
         the fractal, then small copies || fractal {SMALL} {C250} --epochs 12 | --epochs 15.5
         small copies || {SMALL} {C250} --epochs 24 | --epochs 33.4 --randaug"""),
+    "few15": ("25 images a class; 900 computed seconds each", 3, f"{PICO} --img-size 16 --steps 4600",
+              f"{PICO} {OWN} --weight-decay 0.2 --train-per-class 25", f"""
+        the fractal ||| --epochs 307 --eval-epochs 25 --randaug --mixup --cutmix
+        small copies || {SMALL} --train-per-class 25 --epochs 40 | \
+            --epochs 404 --eval-epochs 25 --randaug --mixup --cutmix"""),
     "time": ("250 images a class; pre-training and 8 epochs take as long as 28 epochs", 3, "", C250, f"""
         {arms("8 epochs", "")}
         {arms("28 epochs", "--epochs 28")}"""),

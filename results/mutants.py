@@ -73,6 +73,7 @@ MUTANTS = [  # name, text of onepfrac.py (once in it), text with the fault
     ("ops_not_put_back", "index_copy_(0, order,", "index_copy_(0, torch.arange(len(x), device=x.device),"),
     ("rotate_27", "math.radians(30)", "math.radians(27)"),
     ("solarize_at", "torch.where(x < 256 - (256 * level", "torch.where(x <= 256 - (256 * level"),
+    ("a_class_is_a_split", "any(entry.is_dir() and not is_extra(entry.name) for entry in inside)", "train.is_dir()"),
     ("labels_cycle", ".repeat_interleave(args.instances)", ".repeat(args.instances)"),
     ("fractaldb_maps", "torch.randint(2, 8, (50, 1)", "torch.randint(2, 7, (50, 1)"),
     ("fractaldb_numbers", "2 * torch.rand(50, 7, 2, 3, generator=generator) - 1",
