@@ -20,7 +20,7 @@ WHOLE="--batch-size 128 --lr 3e-3"
 SHORT="--steps 1500 --no-cutmix" BRIEF="--train-per-class 250 --epochs 3"
 # A smaller network, which is better for scratch, and the fine-tuning of it that is best for scratch.
 PICO="--model vit_pico --patch-size 4" FAIR="$WHOLE --weight-decay 0.5"
-ALL="transfer fair fair15 few15 few time fewtime length longer optimizers controls fractals fig3
+ALL="transfer fair fair15 few15 all33 few time fewtime length longer optimizers controls fractals fig3
      table2 table3 table4 table5 table6 table7 table9 table11 table12 table13"
 
 python=.venv/bin/python
@@ -157,6 +157,11 @@ for table in "${@:-transfer}"; do
         strong="--eval-epochs 25 --randaug --mixup --cutmix" small="finetune $PICO $FAIR --img-size 16 $few 40"
         after="$PICO $WHOLE --weight-decay 0.2 $few 307 $strong"; row "the fractal"
         after="$PICO $WHOLE --weight-decay 0.2 $few 404 $strong"; row "small copies" "" "$small" ;;
+    all33)    before="--patch-size 4 --img-size 16 --steps 4600" small="finetune --patch-size 4 $FAIR --img-size 16"
+        seeds="0 1 2" after="--patch-size 4 $FAIR --eval-epochs 10 --epochs 22.3"
+        row "the fractal, then small copies" "" "fractal $small --epochs 8"
+        after="--patch-size 4 $FAIR --eval-epochs 10 --epochs 26.4"
+        row "small copies" "" "$small --epochs 12" ;;
     few)      before=$BEFORE seeds="0 1 2"; both "" "--train-per-class 25" ;;
     time)     before=$BEFORE seeds="0 1 2"; both "8 epochs, " "$AFTER"; both "28 epochs, " "$AFTER --epochs 28" ;;
     fewtime)  before=$BEFORE after="--train-per-class 25 --epochs 40" seeds="0 1 2"; row "from one fractal, 40 epochs"
@@ -175,7 +180,7 @@ for table in "${@:-transfer}"; do
     controls) before=$BEFORE after=$AFTER seeds="0 1 2"
         photographs
         row "from one fractal"; row "Delta 0.001" "" "--delta 0.001"; row "from 64 fractals" "" "--categories 64"
-        row "Gaussian noise" "" "--source gaussian --texture random"
+        row "clouds of Gaussian dots" "" "--source gaussian --texture random"
         row "from 64 photographs as 64 classes" "" "$PHOTOGRAPHS"
         row "supervised, 250 other images a class" "" "$OTHERS"; row "from scratch" "" scratch ;;
     fractals) row "fractal 32" ""; for k in 0 1 2; do row "fractal $k" "" "--fractal-seed $k"; done ;;

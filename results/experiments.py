@@ -69,12 +69,16 @@ TABLES = {
         the fractal ||| --epochs 307 --eval-epochs 25 --randaug --mixup --cutmix
         small copies || {SMALL} --train-per-class 25 --epochs 40 | \
             --epochs 404 --eval-epochs 25 --randaug --mixup --cutmix"""),
+    "all33": ("all 50,000 images; 2,000 computed seconds each", 3, "--patch-size 4 --img-size 16 --steps 4600",
+              f"--patch-size 4 {FAIR} --eval-epochs 10", f"""
+        the fractal, then small copies || fractal finetune --patch-size 4 {FAIR} --img-size 16 --epochs 8 | --epochs 22.3
+        small copies || finetune --patch-size 4 {FAIR} --img-size 16 --epochs 12 | --epochs 26.4"""),
     "time": ("250 images a class; pre-training and 8 epochs take as long as 28 epochs", 3, "", C250, f"""
         {arms("8 epochs", "")}
         {arms("28 epochs", "--epochs 28")}"""),
     "controls": ("what else can be learned in as many steps as the fractal", 3, "", C250, """
         from one fractal; Delta 0.001 || --delta 0.001; from 64 fractals || --categories 64
-        Gaussian noise || --source gaussian --texture random
+        clouds of Gaussian dots || --source gaussian --texture random
         from 64 photographs as 64 classes || --source folder --root controls/photographs
         supervised, 250 other images a class || --source folder --root controls/others; from scratch || scratch"""),
     "optimizers": ("250 images a class, 8 epochs", 1, "", C250, f"""
