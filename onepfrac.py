@@ -96,17 +96,17 @@ from torchvision.transforms.v2 import functional as T
 #     corners = torch.tensor([[0, 0], [0.5, 0], [0.25, 0.5]])                         # t_1 .. t_3
 #     maps = torch.cat([0.5 * torch.eye(2).expand(3, 2, 2), corners[:, :, None]], 2)   # (3, 2, 3)
 #
-# How strongly does a system contract? A matrix A_j makes a circle of radius 1 an ellipse of radii
-# s_j1 >= s_j2, its singular values. The map contracts if s_j1 < 1. The sigma-factor is the sum over
-# j of s_j1 + 2 s_j2. We sample no singular value above 1, so sigma is at most 3 N; there no map
-# contracts, and there is no attractor. Why is s_j2 counted twice? No theory says so: Anderson &
-# Farrell (Improving Fractal Pre-training, WACV 2022) saw that this sum tells good pictures from bad
-# ones. (A small s_j2 flattens a copy to a line, and lines fill nothing.)
+# How strongly does a system contract? A matrix A_j turns a circle of radius 1 into an ellipse of
+# radii s_j1 >= s_j2, its singular values. The map contracts if s_j1 < 1. The sigma-factor is the
+# sum over j of s_j1 + 2 s_j2. We sample no singular value above 1, so sigma is at most 3 N, where
+# no map contracts and there is no attractor. Why is s_j2 counted twice? No theory says so: Anderson
+# & Farrell (Improving Fractal Pre-training, WACV 2022) saw that this sum tells good pictures from
+# bad ones. (A small s_j2 flattens a copy to a line, and lines fill nothing.)
 #
 # Why sample systems of a given sigma? To ask whether complexity matters: the smaller sigma is, the
 # more "complex" the paper calls the shape (more structure, less of an even cloud). In its Table 6
-# sigma 3.5 has 84.2 on CIFAR-100, and 6.0 (drawn just below it, the limit of two maps) has 81.3.
-# Our own, in short trainings (1,500 steps, 3 epochs), are 30.8 and 30.9, one seed each (scratch:
+# sigma 3.5 has 84.2 on CIFAR-100, and 6.0 has 81.3. Our own (6.0 drawn just below it, the limit of
+# two maps), in short trainings (1,500 steps, 3 epochs), are 30.8 and 30.9, one seed each (scratch:
 # 24.3), and show no trend between.
 #
 # What does 3.5 look like? Shared evenly, all four singular values are 3.5 / 6 = 0.58. Then each
@@ -143,7 +143,7 @@ def sample_ifs(num_maps, sigma, generator=None):
 
     left, s = float(sigma), torch.zeros(num_maps, 2, dtype=torch.float64)
     for j in range(num_maps):  # s1 + 2 s2 lies between `need` and `left`, where 0 <= s2 <= s1 <= 1
-        need = left - 3 * (num_maps - 1 - j)  # the later maps take at most 3 each
+        need = left - 3 * (num_maps - 1 - j)  # later maps take at most 3 each; s1 + 2 s2 <= 3 s1
         s1 = uniform(max(0.0, need / 3), min(1.0, left)).item()
         s2 = uniform(max(0.0, (need - s1) / 2), min(s1, (left - s1) / 2)).item()
         s[j, 0], s[j, 1] = s1, s2  # for the last map s2 has one possible value
@@ -200,7 +200,7 @@ def choose_maps(probs, points, generator=None):
     ends = probs.cpu().double().cumsum(-1)
     ends = ends / ends[..., -1:]  # map j is chosen if ends[j - 1] <= u < ends[j]
     u = u if probs.ndim == 1 else u[..., None]
-    return sum((u >= end).long() for end in ends.unbind(-1))
+    return sum((u >= end).long() for end in ends.unbind(-1))  # j: how many ends u has reached
 
 
 def chaos_game(maps, j):
@@ -213,7 +213,7 @@ def chaos_game(maps, j):
         if rows.ndim == 1:
             picked = table.index_select(0, rows)  # (K, 2, 3, B); as table[rows], but faster
         else:
-            picked = table.gather(0, rows[:, None, None].expand(K, 2, 3, B))
+            picked = table.gather(0, rows[:, None, None].expand(K, 2, 3, B))  # of each its own j
         A_x, A_y, t = picked.unbind(2)  # the columns of A, and t: (K, 2, B) each
         v = torch.addcmul(t, A_x, v[:, :1]).addcmul_(A_y, v[:, 1:])  # A v + t
         if step >= 0:
@@ -251,11 +251,11 @@ def render_ifs(maps, size=512, points=100_000, dilated=True, generator=None, pro
     """Draw attractors: maps (B, N, 2, 3) -> grey images (B, size, size) uint8 on maps.device.
 
     points: dots of an image, rounded up to whole steps of all orbits. Each dot takes 50 bytes, so
-    draw a thousand images in parts; with the same probs, and each with a generator of the same
-    seed, they are as if drawn at once. dilated: a dot is a 3x3 square (`stamp` gives it a texture),
-    else a pixel. generator (CPU): draws which maps the orbits pick, for all images alike. probs
-    (N,) or (B, N): of the maps, by default the mean of |det A_j| over the B systems. A system
-    without an attractor runs away, to a nearly blank image. ValueError if an argument is unfit.
+    draw a thousand images in parts: with the same probs, and a generator of the same seed for each
+    part, the images are the same. dilated: a dot is a 3x3 square (`stamp` gives it a texture), else
+    a pixel. generator (CPU): draws which maps the orbits pick, for all images alike. probs (N,) or
+    (B, N): of the maps, by default the mean of |det A_j| over the B systems. A system without an
+    attractor runs away, to a nearly blank image. ValueError if an argument is unfit.
     """
     if maps.ndim != 4 or maps.shape[2:] != (2, 3) or not len(maps) or not maps.isfinite().all():
         raise ValueError("need finite maps (B, N, 2, 3)")
@@ -332,8 +332,8 @@ def stamp(images, generator=None):
 #
 # And the texture (`stamp` of section 2)? The authors' code gives each image random masks, once
 # (`--texture random`, as in recipe paper). As they never change, they can give a class away without
-# its shape. At Delta = 0 all shapes are the same, and nano (without cutmix) still learns to name
-# 10% of its crops in 1,500 steps (guessing: 1.6%), by the masks alone; CIFAR-100 gains nothing.
+# its shape. At Delta = 0 all shapes are the same, and nano with such masks (without cutmix) still
+# learns to name 10% of its crops in 1,500 steps (guessing: 1.6%); CIFAR-100 gains nothing.
 # `--texture fresh` draws new masks at each step, our reading of "w/ Aug." in the paper's Table 13.
 # Without masks, `--texture fill` (nano) draws a dot as a square of 3x3 pixels, `--texture point` as
 # a single pixel.
@@ -467,8 +467,11 @@ def fractal_data(args):
         return fractaldb_data(args)  # section B
     base = base_ifs(args.num_maps, args.sigma, args.fractal_seed)
     probs = base[..., :2].det().abs()  # of the unperturbed maps, so that all images pick the same
-    draw_maps = functools.partial(draw_ifs, probs=probs, args=args)
-    return liep_data(base, draw_maps, args, args.texture,
+
+    def draw(maps):
+        return draw_ifs(maps, probs, args)
+
+    return liep_data(base, draw, args, args.texture,
                      least=0.1 if args.texture in ("random", "fresh") else 0.05)
 
 
@@ -506,7 +509,7 @@ class Attention(nn.Module):
             x = F.scaled_dot_product_attention(q, k, v)  # (B, heads, N, D / heads)
         else:  # the same, written out: faster on a CPU
             weight = (q * (D // self.heads) ** -0.5) @ k.transpose(2, 3)  # (B, heads, N, N)
-            x = weight.softmax(-1).to(v.dtype) @ v
+            x = weight.softmax(-1).to(v.dtype) @ v  # autocast's softmax is in float32
         return self.proj(x.transpose(1, 2).reshape(B, N, D))
 
 
@@ -607,7 +610,7 @@ def resize_matrix(start, length, pixels, size):
     the box, and normalised, as torchvision does.
     """
     start, length = start.view(-1, 1, 1), length.view(-1, 1, 1)
-    scale = length / size
+    scale = length / size  # negative in a flip
     outputs = (torch.arange(size, device=start.device) + 0.5) * scale  # from `start`, in pixels
     inputs = torch.arange(pixels, device=start.device)[:, None] + 0.5 - start
     share = inputs / length  # of the way through the box
@@ -689,7 +692,7 @@ class Augment:
         if random:
             flip = torch.rand(2, B) < torch.tensor(self.flip[::-1])[:, None]  # of rows, of columns
             start, length = start + flip * length, torch.where(flip, -length, length)
-        box = torch.stack([start, length], 1).to(x.device, non_blocking=True)
+        box = torch.stack([start, length], 1).to(x.device, non_blocking=True)  # (2 axes, 2, B)
         for axis in range(2):  # height, then width
             # x.mT has the height last, and the product resizes the last axis. The second pass turns
             # the image back and resizes the width.
@@ -735,11 +738,12 @@ class Augment:
 # optimizer state and the step of a checkpoint, the same command reaches the same bits on a CPU as
 # if it had never been stopped. (On a GPU some sums have no fixed order.)
 #
-# The paper pre-trains with AdamW and fine-tunes with SGD. The recipes nano and small (section F)
-# have Muon for the weight matrices of the blocks, in both, and AdamW for the rest. The momentum of
-# a weight matrix, a running mean of its gradients, is a matrix U S V^T with singular values S. Muon
-# steps along about U V^T: all directions equally far. So a direction with a small singular value
-# (asked for weakly, or by few images) moves as far as any other.
+# The authors' code pre-trains with AdamW and fine-tunes with SGD; the paper does not say. The
+# recipes nano and small (section F) have Muon for the weight matrices of the blocks, in both, and
+# AdamW for the rest. The momentum of a weight matrix, a running mean of its gradients, is a matrix
+# U S V^T with singular values S. Muon steps along about U V^T: all directions equally far. So a
+# direction with a small singular value (asked for weakly, or by few images) moves as far as any
+# other.
 
 def seed_for(*key):
     """A 31-bit seed from any key of numbers and strings, the same on every machine."""
@@ -936,8 +940,8 @@ def finetune(args):
 # To copy this section: with 5
 #
 # Each operation is a function of x (B, C, H, W), floats that hold 0..255, and of a level or factor
-# (B, 1, 1, 1). It agrees with Pillow's to one grey level, and so with timm's. (But Pillow does not
-# blend the edge of an image that is moved with the grey around it.)
+# (B, 1, 1, 1). It agrees with Pillow's to one grey level, and so with timm's. (But for the edge of
+# an image that is moved: here it is blended with the grey around, in Pillow not.)
 
 def to_grey(x):
     """ITU-R 601 luma as Pillow rounds it: (B, C, H, W) -> (B, 1, H, W). Grey images pass."""
@@ -977,7 +981,8 @@ def move(x, by, fill=128):
         cos, shear_x - sin, shear_x + shift_x,
         sin + shear_y, cos, shear_y + shift_y], 1).view(-1, 2, 3)
     grid = F.affine_grid(matrix, x.shape, align_corners=False)
-    return F.grid_sample(x - fill, grid, align_corners=False).add_(fill + 1e-3).floor_()
+    moved = F.grid_sample(x - fill, grid, align_corners=False)
+    return moved.add_(fill + 1e-3).floor_()  # 1e-3: rounding must not cost a grey level
 
 
 OPS = {  # timm's fifteen operations: ten that change greys
@@ -1007,9 +1012,10 @@ def apply_op(x, op, level):
     """
     order = op.argsort(stable=True)
     op, level = op[order], level[order]
-    by = F.pad(torch.tensor([*MOVES.values()]), (0, 0, len(OPS), 1))[op] * level[:, None]  # (B, 5)
+    by = F.pad(torch.tensor([*MOVES.values()]), (0, 0, len(OPS), 1))  # 0 for OPS and for NONE
+    by = by[op] * level[:, None]  # (B, 5)
     sizes = op.bincount(minlength=NONE + 1).tolist()
-    sizes[len(OPS):NONE] = [sum(sizes[len(OPS):NONE])]  # of all moves
+    sizes[len(OPS):NONE] = [sum(sizes[len(OPS):NONE])]  # all moves are one part, after OPS
     order, level, by = (t.to(x.device, non_blocking=True) for t in (order, level, by))
     parts, levels = x[order].split(sizes), level.view(-1, 1, 1, 1).split(sizes)
     done = [change(part, level) for change, part, level in zip(OPS.values(), parts, levels)
@@ -1059,7 +1065,7 @@ def fractaldb_data(args):
 
     A category is kept if its points light a fifth of a 512 canvas. An instance is one of 25
     weightings of a parameter in all maps, 4 flips and, with random masks, a texture of its own.
-    (So without masks only 100 instances differ.)
+    (So with other textures only 100 instances differ.)
     """
     generator, systems = seeded(args.fractal_seed), []
     while len(systems) < args.categories:
@@ -1211,7 +1217,8 @@ def canny(image, low=100, high=200):
     around = F.pad(strength, (1, 1, 1, 1)).unfold(0, 3, 1).unfold(1, 3, 1).flatten(2)  # (S, S, 9)
     both = torch.tensor([[3, 5], [0, 8], [1, 7], [2, 6]])[sector]  # (S, S, 2)
     before, after = around.gather(2, both).unbind(2)
-    thin = (strength > before) & (strength > after - (sector % 2 == 0).float() / 2)
+    level = sector % 2 == 0  # horizontal or vertical: there OpenCV has >= after, of whole numbers
+    thin = (strength > before) & (strength > after - level.float() / 2)
     weak = thin & (strength > low)
     edge, grown = torch.zeros_like(weak), weak & (strength > high)
     while (edge != grown).any():
@@ -1290,9 +1297,9 @@ DATASETS = {  # name: torchvision's class
 def read_image(file):
     """An image file in RGB as a viewer shows it: upright by its EXIF tag, over white where it is
     transparent, 16 bits of grey as 8."""
-    with open(file, "rb") as opened, Image.open(opened) as image:  # by name it scrambles some TIFFs
-        image.load()  # so that an error of the image is not one of its tags
-        with contextlib.suppress(Exception):  # broken tags
+    with open(file, "rb") as opened, Image.open(opened) as image:  # given a name, Pillow scrambles
+        image.load()  # some TIFFs. A broken image fails here: the next line forgives broken tags
+        with contextlib.suppress(Exception):
             ImageOps.exif_transpose(image, in_place=True)
         if image.mode[0] == "I":  # convert() would clip it at 255
             grey = np.asarray(image) / 257 + 0.5
@@ -1513,7 +1520,8 @@ def machine(args):
 
 
 # Settings that may change when a run goes on: where it is and runs, how often it reports, saves and
-# tests. (The images are compared themselves, in `begin`.)
+# tests. (`begin` compares the images themselves. A run that has ended does not get there, so it is
+# asked for the same root and image.)
 FREE = {*"out root image device compile rank lead log_every save_every eval_epochs".split()}
 
 
@@ -1740,7 +1748,7 @@ class Muon(torch.optim.AdamW):
     def move(self, matrices, lr, weight_decay, muon_dtype, momentum=0.95, **_):
         """One step of n matrices of one shape, all at once."""
         state, grads = self.state[matrices[0]], torch.stack([p.grad for p in matrices])
-        if not state:  # of all n; AdamW looks for "step" in what it loads
+        if not state:  # one for all n, with the "step" that loading an AdamW needs
             state.update(step=torch.tensor(0.0), momentum_buffer=torch.zeros_like(grads))
         buffers = state["momentum_buffer"].lerp_(grads, 1 - momentum)
         updates = grads.lerp(buffers, momentum)  # Nesterov
@@ -1803,9 +1811,9 @@ def render(args):
 
 # ==== F · Settings: recipes, flags, main (to look up a flag or its default) =======================
 #
-# A flag's own default is the paper's in pre-training. FINETUNE has what the paper changes to
-# fine-tune, RECIPES what a recipe changes: in every command, in pretrain, in finetune. A flag on
-# the command line comes last.
+# A flag's own default is the paper's in pre-training, or the authors' code's where it is silent.
+# FINETUNE has what they change to fine-tune, RECIPES what a recipe changes: in every command, in
+# pretrain, in finetune. A flag on the command line comes last.
 
 FINETUNE = dict(batch_size=768, optimizer="sgd", lr=0.015, weight_decay=1e-4, warmup=0.01)
 RECIPES = {
@@ -1848,7 +1856,6 @@ whole, real = functools.partial(number, int), functools.partial(number, float)
 def general_flags(command):
     """Of every command."""
     add = command.add_argument_group("general").add_argument
-    add("--recipe", default="nano", choices=RECIPES, help="a set of defaults; small: for a GPU")
     add("--seed", default=0, type=whole(0, 2 ** 62), help="of all but --fractal-seed and subsets")
     there = ["cuda"] * torch.cuda.is_available() + ["cpu"]
     add("--device", default=there[0], choices=there, help="where it runs")
@@ -1885,13 +1892,17 @@ def picture_flags(command):
              "3x3 squares; single pixels")
 
 
+def pretrain_flags(command):
+    """Of pretrain alone."""
+    add = command.add_argument_group("pre-training").add_argument
+    add("--steps", default=240_000, type=whole(1), help="length")
+    add("--root", default="data", type=path, help="of --source folder: one folder a class")
+
+
 def training_flags(command):
     """Of pretrain and finetune."""
     switch = argparse.BooleanOptionalAction
     add = command.add_argument_group("the run").add_argument
-    if command.prog.endswith("pretrain"):
-        add("--steps", default=240_000, type=whole(1), help="length")
-        add("--root", default="data", type=path, help="of --source folder: one folder a class")
     add("--save-every", default=1000, type=whole(1), help="steps between checkpoints")
     add("--log-every", default=50, type=whole(1), help="steps between lines of the log")
     add("--precision", default="auto", choices=("auto", "bf16", "fp32"),
@@ -1957,17 +1968,18 @@ def parse(words):
     """A command line -> settings, and the rank of this process. The recipe is read first, as the
     defaults depend on it."""
     first = Parser(add_help=False, allow_abbrev=False)
-    first.add_argument("--recipe", default="nano", choices=RECIPES)
+    first.add_argument("--recipe", default="nano", choices=RECIPES,
+                       help="a set of defaults; small: for a GPU")
     both, pretraining, finetuning = RECIPES[first.parse_known_args(words)[0].recipe]
     parser = Parser(prog="onepfrac.py", allow_abbrev=False, description="Pre-train a Vision "
                     "Transformer on perturbed copies of one fractal.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for function, flags, defaults in (
-            (pretrain, (picture_flags, training_flags), both | pretraining),
+            (pretrain, (picture_flags, pretrain_flags, training_flags), both | pretraining),
             (finetune, (finetune_flags, training_flags), FINETUNE | both | finetuning),
             (render, (picture_flags,), both)):
         command = commands.add_parser(
-            function.__name__, help=function.__doc__, description=function.__doc__,
+            function.__name__, help=function.__doc__, description=function.__doc__, parents=[first],
             allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
         for add_flags in (general_flags, *flags):
             add_flags(command)
@@ -2035,15 +2047,15 @@ def main(words=None):
 # ==== G · Speed: why some lines are not the plainest ==============================================
 #
 #     GOMP_SPINCOUNT (top)    threads that wait would spin, and keep a core that others need
-#     chaos_game              table[rows] takes 6 times as long as index_select on a CPU
-#     stamp                   64 coins from a number: 13 times as fast as random_(2) for each pixel
+#     chaos_game              table[rows] takes 5 times as long as index_select on a CPU
+#     stamp                   64 coins from a number: 12 times as fast as random_(2) for each pixel
 #     Attention               on CPUs the fused attention is slow in bf16
 #     Augment, Run.count      what is random is chosen on the CPU and sent there (non_blocking), and
 #                             nothing is read back, so the loop never waits for a GPU
-#     apply_op                half the operations of a loop over all kinds (224 and not 470 a step)
+#     apply_op                half the operations of a loop over all kinds (297 and not 609 a step)
 #     Muon.move               many small operations take longer than one on all matrices
 #     orthogonalise           baddbmm: 0.9 of the time on a CPU
-#     keep_memory             page faults take a tenth of the time on a CPU
+#     keep_memory             page faults take a fifth of the time on a CPU
 
 def keep_memory():
     """Tell glibc to keep what is freed."""
