@@ -26,9 +26,9 @@ MACHINE = "device processor precision threads torch world_size".split()
 BESIDE = {*MACHINE, *"command out root rank lead save_every log_every eval_epochs commit classes data ckpt".split()}
 
 # A table: title, seeds, flags of every pre-training, flags of every fine-tuning, rows. A row: label | top-1 in the
-# paper | flags of pre-training (scratch: there is none; mimetic, impulse: weights of inits.py; finetune: another
-# fine-tuning, with all its flags; fractal finetune: it starts from the fractal) | flags of fine-tuning; a ";" is a new
-# line. Rows "A / B" are shown as a grid, A down and B across.
+# paper | flags of pre-training (scratch: there is none; mimetic, mimetic-0.2, impulse: weights of inits.py; finetune:
+# another fine-tuning, with all its flags; fractal finetune: it starts from the fractal) | flags of fine-tuning; a ";"
+# is a new line. Rows "A / B" are shown as a grid, A down and B across.
 C250 = "--train-per-class 250"                 # images of CIFAR-100
 OWN = "--batch-size 128 --lr 3e-3"             # the fractal's own best on held-out training images
 LONG = f"--epochs 60 --eval-epochs 10 {OWN} --min-crop 0.5 --randaug"
@@ -48,7 +48,8 @@ FOUR = "", "scratch", "mimetic", "impulse"
 TABLES = {
     "transfer": ("250 images a class, 8 epochs", 3, "", C250, f"""
         from one fractal; from scratch || scratch
-        mimetic initialisation || mimetic; impulse initialisation || impulse
+        mimetic initialisation || mimetic; mimetic, a fifth as strong || mimetic-0.2
+        impulse initialisation || impulse
         from one fractal, its own best ||| {OWN}"""),
     "fair": ("first at 16x16 pixels, then at 32x32; rows with as many images a class take the same time", 3,
              f"{PICO} --img-size 16 --steps 2300", PICO, f"""
@@ -162,7 +163,7 @@ def names(table, start, tune, seed):
     """The name of a pre-training, or None if there is none, and of a fine-tuning: their flags, as in reproduce.sh."""
     def name(*flags):
         return "-".join(" ".join(flags).replace("--", "").replace("/", "-").split()) or "nano"
-    trained = start not in ("scratch", "mimetic", "impulse")
+    trained = start not in ("scratch", "mimetic", "mimetic-0.2", "impulse")
     if trained:
         before = "" if start.startswith("finetune ") else TABLES[table][2]
         start = name(before, start.removeprefix("fractal "))

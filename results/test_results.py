@@ -74,17 +74,18 @@ def test_filters_are_what_a_patch_embedding_sees():
     assert why.grey(weight) == pytest.approx((25 * 3 + 9 / 3) / (25 * 3 + 9))
 
 
-def test_mimetic_weights_have_the_products_of_the_paper():
+@pytest.mark.parametrize("scale", [1, 0.2])
+def test_mimetic_weights_have_the_products_of_the_paper(scale):
     """One head: query times key is 0.7 Z + 0.7 I, value times output 0.4 Z - 0.4 I, where Z ~ N(0, 1 / dim)."""
     torch.manual_seed(0)
-    model = inits.mimetic(op.ViT(32, 8, 10, 128, 2, 1))
+    model = inits.mimetic(op.ViT(32, 8, 10, 128, 2, 1), scale)
     query, key, value = model.blocks[1].attn.qkv.weight.detach().view(3, 128, 128)
     for product, alpha, beta in ((query.T @ key, 0.7, 0.7), (value.T @ model.blocks[1].attn.proj.weight.T, 0.4, -0.4)):
-        z = (product - beta * torch.eye(128)) / alpha * 128 ** 0.5
+        z = (product / scale - beta * torch.eye(128)) / alpha * 128 ** 0.5
         assert abs(z.mean()) < 0.05 and 0.97 < z.std() < 1.03
-    attention = inits.mimetic(op.ViT(32, 8, 10, 128, 2, 2)).blocks[0].attn          # a head has half of the ranks
+    attention = inits.mimetic(op.ViT(32, 8, 10, 128, 2, 2), scale).blocks[0].attn   # a head has half of the ranks
     query, key, _ = attention.qkv.weight.detach().view(3, 2, 64, 128)
-    heads = query.transpose(1, 2) @ key
+    heads = query.transpose(1, 2) @ key / scale
     assert (torch.linalg.matrix_rank(heads) == 64).all() and not heads[0].allclose(heads[1], atol=0.1)
     assert (heads.diagonal(dim1=1, dim2=2).mean(1) > 0.3).all()
     position = F.normalize(model.pos_embed[0, 1:].detach(), dim=1)
@@ -243,7 +244,7 @@ def test_reproduce_trains_what_the_tables_show():
     assert done.returncode == 0 and len(trained) > 100 and len(set(trained.values())) == len(trained)
     shown = {name for table in tables for row in experiments.rows_of(table)
              for name in experiments.names(table, *row[2:], 0)
-             if name and "/mimetic/" not in name and "/impulse/" not in name}
+             if name and "/mimetic" not in name and "/impulse/" not in name}
     assert shown - {*trained} == {"train-per-class-250-batch-size-128-lr-3e-3/nano/0"}       # the fractal's own best
     first = {experiments.names(table, "", "", 0)[0] for table in tables for row in experiments.rows_of(table)
              if row[2].startswith("fractal ")}                  # before their other fine-tuning
