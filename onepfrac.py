@@ -1218,8 +1218,8 @@ def canny(image, low=100, high=200):
     around = F.pad(strength, (1, 1, 1, 1)).unfold(0, 3, 1).unfold(1, 3, 1).flatten(2)  # (S, S, 9)
     both = torch.tensor([[3, 5], [0, 8], [1, 7], [2, 6]])[sector]  # (S, S, 2)
     before, after = around.gather(2, both).unbind(2)
-    level = sector % 2 == 0  # horizontal or vertical: there OpenCV has >= after, of whole numbers
-    thin = (strength > before) & (strength > after - level.float() / 2)
+    straight = sector % 2 == 0  # there OpenCV asks for >= after, of whole numbers
+    thin = (strength > before) & (strength > after - straight.float() / 2)
     weak = thin & (strength > low)
     edge, grown = torch.zeros_like(weak), weak & (strength > high)
     while (edge != grown).any():
@@ -1298,9 +1298,9 @@ DATASETS = {  # name: torchvision's class
 def read_image(file):
     """An image file in RGB as a viewer shows it: upright by its EXIF tag, over white where it is
     transparent, 16 bits of grey as 8."""
-    with open(file, "rb") as opened, Image.open(opened) as image:  # given a name, Pillow scrambles
-        image.load()  # some TIFFs. A broken image fails here: the next line forgives broken tags
-        with contextlib.suppress(Exception):
+    with open(file, "rb") as opened, Image.open(opened) as image:  # by name it scrambles some TIFFs
+        image.load()  # a broken image fails here,
+        with contextlib.suppress(Exception):  # while broken tags are forgiven
             ImageOps.exif_transpose(image, in_place=True)
         if image.mode[0] == "I":  # convert() would clip it at 255
             grey = np.asarray(image) / 257 + 0.5
