@@ -251,7 +251,7 @@ def dilate(images):
 def render_ifs(maps, size=512, points=100_000, dilated=True, generator=None, probs=None):
     """Draw attractors: maps (B, N, 2, 3) -> grey images (B, size, size) uint8 on maps.device.
 
-    points: dots of an image, rounded up to whole steps of all orbits. Each dot takes 50 bytes, so
+    points: dots of an image, rounded up to whole steps of all orbits. Each dot takes 40 bytes, so
     draw a thousand images in parts: with the same probs, and a generator of the same seed for each
     part, the images are the same. dilated: a dot is a 3x3 square (`stamp` gives it a texture), else
     a pixel. generator (CPU): draws which maps the orbits pick, for all images alike. probs (N,) or
@@ -442,10 +442,10 @@ def liep_data(base, draw_params, args, texture=None, least=0.0, background=0, **
 
 def base_ifs(num_maps, sigma, seed):
     """The one fractal of a run -> maps (N, 2, 3). Its sigma-factor is within 0.1 of sigma, as with
-    the authors, and it covers a fifth of a canvas. They drew theirs unseeded, and never published
-    it."""
+    the authors, and it covers a fifth of a canvas. They drew theirs unseeded, and published its
+    pictures alone."""
     generator = seeded(seed)
-    for _ in range(300):  # at sigma 3.5 about one in six covers enough
+    for _ in range(300):  # at sigma 3.5 about one in five covers enough
         target = sigma + 0.2 * (torch.rand((), generator=generator).item() - 0.5)
         if 0 < target < 3 * num_maps:
             maps = sample_ifs(num_maps, target, generator)
@@ -941,8 +941,9 @@ def finetune(args):
 # To copy this section: with 5
 #
 # Each operation is a function of x (B, C, H, W), floats that hold 0..255, and of a level or factor
-# (B, 1, 1, 1). It agrees with Pillow's to one grey level, and so with timm's. (But for the edge of
-# an image that is moved: here it is blended with the grey around, in Pillow not.)
+# (B, 1, 1, 1). It agrees with Pillow's to one grey level, and so with timm's. (But for the moves:
+# they are bilinear, timm's often bicubic; and the edge of a moved image is blended with the grey
+# around, in Pillow not.)
 
 def to_grey(x):
     """ITU-R 601 luma as Pillow rounds it: (B, C, H, W) -> (B, 1, H, W). Grey images pass."""
@@ -1473,7 +1474,7 @@ def load_file(path):
     """The dict that torch.save wrote. Code in a file is never run, so it may hold no objects."""
     if not Path(path).is_file():
         raise ValueError("there is no such file")
-    with torch.serialization.safe_globals([argparse.Namespace]):  # in the authors' files
+    with torch.serialization.safe_globals([argparse.Namespace]):  # of timm's training
         try:
             saved = torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:

@@ -20,7 +20,7 @@ WHOLE="--batch-size 128 --lr 3e-3"
 SHORT="--steps 1500 --no-cutmix" BRIEF="--train-per-class 250 --epochs 3"
 # A smaller network, which is better for scratch, and the fine-tuning of it that is best for scratch.
 PICO="--model vit_pico --patch-size 4" FAIR="$WHOLE --weight-decay 0.5"
-ALL="transfer fair fair15 few15 all33 few time fewtime length longer optimizers controls fractals fig3
+ALL="transfer fp32 fair fair15 few15 all33 few time fewtime length longer optimizers controls fractals fig3
      table2 table3 table4 table5 table6 table7 table9 table11 table12 table13"
 
 python=.venv/bin/python
@@ -136,6 +136,7 @@ for table in "${@:-transfer}"; do
     tables+=$'\n'"**$table**"$'\n\n'"| | the paper | top-1 (standard deviation) | seeds |"$'\n'"|---|---|---|---|"$'\n'
     case $table in
     transfer) before=$BEFORE seeds="0 1 2"; both "" "$AFTER" ;;
+    fp32)     before="--precision fp32" seeds="0 1 2"; both "" "$AFTER --precision fp32" ;;
     fair)     before="$PICO --img-size 16 --steps 2300" small="finetune $PICO $FAIR --img-size 16" seeds="0 1 2"
         after="$PICO $FAIR --train-per-class 25 --epochs 40"; row "25 a class: the fractal"
         after="$PICO $FAIR --train-per-class 25 --epochs 81"

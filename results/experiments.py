@@ -51,6 +51,8 @@ TABLES = {
         mimetic initialisation || mimetic; mimetic, a fifth as strong || mimetic-0.2
         impulse initialisation || impulse
         from one fractal, its own best ||| {OWN}"""),
+    "fp32": ("the same in float32", 3, "--precision fp32", f"{C250} --precision fp32", """
+        from one fractal; from scratch || scratch"""),
     "fair": ("first at 16x16 pixels, then at 32x32; rows with as many images a class take the same time", 3,
              f"{PICO} --img-size 16 --steps 2300", PICO, f"""
         25 a class: the fractal ||| {FAIR} --train-per-class 25 --epochs 40

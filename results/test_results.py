@@ -181,7 +181,7 @@ def test_reproduce_goes_on_after_a_stop_and_its_records_give_its_table(tmp_path,
 def test_reproduce_says_what_is_wrong_and_stops(tmp_path):
     script = reproduce(tmp_path, "few", "table1")
     output, _ = script.communicate()
-    assert script.returncode == 2 and "no table table1; there are: transfer fair fair15 few" in output and "few**" not in output
+    assert script.returncode == 2 and "no table table1; there are: transfer fp32 fair fair15" in output and "few**" not in output
     script = reproduce(tmp_path, "few", PYTHON="false")         # a command that fails
     output, _ = script.communicate()
     assert script.returncode == 1 and output.count("onepfrac.py") == 1 and "|" not in output
