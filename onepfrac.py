@@ -81,7 +81,8 @@ from torchvision.transforms.v2 import functional as T
 #         train                                                                                  6
 #             Augment -> x (B, 3, 32, 32), target (B, L)  from a batch of Data                   5
 #             train_step -> loss                          by lpce_loss                           3
-#     finetune: the same, but downstream_data (C) for source_data, and evaluate (6)
+#     finetune: the same, but downstream_data (C) for source_data, the checkpoint's weights by
+#         load_weights (D), and evaluate (6)
 
 # ==== 1 · Fractals (Eq. 1-2) ======================================================================
 # To copy this section: import math, torch
@@ -106,9 +107,9 @@ from torchvision.transforms.v2 import functional as T
 #
 # Why sample systems of a given sigma? To ask whether complexity matters: the smaller sigma is, the
 # more "complex" the paper calls the shape (more structure, less of an even cloud). In its Table 6
-# sigma 3.5 has 84.2 on CIFAR-100, and 6.0 has 81.3. Our own (6.0 drawn just below it, the limit of
-# two maps), in short trainings (1,500 steps, 3 epochs), are 30.8 and 30.9, one seed each (scratch:
-# 24.3), and show no trend between.
+# sigma 3.5 has 84.2 on CIFAR-100, and 6.0 has 81.3. In our short trainings (1,500 steps, 3 epochs,
+# one seed each) 3.5 has 30.8, and 6.0 (drawn just below it, as two maps reach no more) 30.9;
+# scratch has 24.3. The sigmas between show no trend.
 #
 # What does 3.5 look like? Shared evenly, all four singular values are 3.5 / 6 = 0.58. Then each
 # copy has 0.58^2 = 0.34 of the area of the whole, both together 0.68, their copies 0.68^2, and so
@@ -163,6 +164,7 @@ def sample_ifs(num_maps, sigma, generator=None):
 #
 # The chaos game draws the attractor. With one system and one moving point it is
 #
+#     probs = maps[:, :, :2].det().abs()                     # see below
 #     v, dots = torch.zeros(2), []
 #     for j in probs.multinomial(20_500, replacement=True):  # pick a random map
 #         v = maps[j, :, :2] @ v + maps[j, :, 2]             # move to A_j v + t_j
@@ -271,9 +273,9 @@ def render_ifs(maps, size=512, points=100_000, dilated=True, generator=None, pro
 def stamp(images, generator=None):
     """Give dilated images (B, S, S) a random texture, in place -> the same.
 
-    The authors stamp each point with one of the 511 non-empty 3x3 masks, and later stamps overwrite
+    The authors stamp each dot with one of the 511 non-empty 3x3 masks, and later stamps overwrite
     earlier ones. So a covered pixel is a coin flip, lit with probability 256/511. Here it is 1/2:
-    an image is the dilated points times a mask of coin flips, and a new texture is a new mask.
+    an image is the dilated dots times a mask of coin flips, and a new texture is a new mask.
     """
     words = -(-images[0].numel() // 64)  # a random number of 64 bits is 64 coins
     draws = torch.empty(len(images), words, dtype=torch.int64, device=images.device)
@@ -381,13 +383,11 @@ class Data:
     def __init__(self, labels, draw, args, texture=None, classes=None, **omega):
         self.labels, self.draw, self.seed = labels.to(args.device), draw, args.seed
         self.texture, self.classes, self.omega = texture, classes, omega
-        self.images = None
-        first = self.make(torch.arange(min(64, len(labels))))
-        if len(labels) * first[0].numel() <= KEPT:
-            self.images = first.new_empty(len(labels), *first.shape[1:])
-            for i, some in zip(torch.arange(len(labels)).split(64), self.images.split(64)):
+        self.images, known = None, self.make(torch.arange(min(64, len(labels))))
+        if len(labels) * known[0].numel() <= KEPT:
+            self.images = known = known.new_empty(len(labels), *known.shape[1:])
+            for i, some in zip(torch.arange(len(labels)).split(64), known.split(64)):
                 some.copy_(self.make(i))
-        known = first if self.images is None else self.images
         crc = zlib.crc32(known.cpu().contiguous().numpy(), zlib.crc32(labels.cpu().numpy()))
         self.fingerprint = f"{crc:08x}"
 
@@ -433,11 +433,8 @@ def liep_data(base, draw_params, args, texture=None, least=0.0, background=0, **
                              f"blank, or cover less than {least:.0%} of the canvas; lower it, or "
                              "give more --points or another --image")
     params = torch.stack(kept[:args.L])
-
-    def draw(i):
-        return draw_params(params[i].to(args.device))
-
-    return Data(torch.arange(args.L), draw, args, texture, base=base, eps=params - base, **omega)
+    return Data(torch.arange(args.L), lambda i: draw_params(params[i].to(args.device)), args,
+                texture, base=base, eps=params - base, **omega)
 
 
 def base_ifs(num_maps, sigma, seed):
@@ -452,7 +449,7 @@ def base_ifs(num_maps, sigma, seed):
             if covered(render_ifs(maps[None], generator=seeded(seed))) >= 0.2:
                 return maps
     raise InputError(f"--sigma {sigma}, --num-maps {num_maps}: none of 300 such fractals covers a "
-                     f"fifth of the canvas; sigma must be below 3 num_maps, and 3.5 is usual for 2")
+                     f"fifth of the canvas; give a larger sigma, but below 3 num_maps")
 
 
 def draw_ifs(maps, probs, args):
@@ -468,11 +465,7 @@ def fractal_data(args):
         return fractaldb_data(args)  # section B
     base = base_ifs(args.num_maps, args.sigma, args.fractal_seed)
     probs = base[..., :2].det().abs()  # of the unperturbed maps, so that all images pick the same
-
-    def draw(maps):
-        return draw_ifs(maps, probs, args)
-
-    return liep_data(base, draw, args, args.texture,
+    return liep_data(base, lambda maps: draw_ifs(maps, probs, args), args, args.texture,
                      least=0.1 if args.texture in ("random", "fresh") else 0.05)
 
 
@@ -617,8 +610,8 @@ def resize_matrix(start, length, pixels, size):
     share = inputs / length  # of the way through the box
     inputs = torch.where((share > 0) & (share < 1), inputs, math.inf)  # not in the box: far away
     d = (inputs - outputs).abs() / scale.abs().clamp(min=1)  # in output pixels if it shrinks
-    # Twice the kernel is 3 d^3 - 5 d^2 + 2 up to 1, then (1 - d) (2 - d)^2 up to 2, then 0. Both
-    # pieces are 0 where they end, so it is their sum, each with d held in its range.
+    # Twice the kernel is 3 d^3 - 5 d^2 + 2 up to 1, then (1 - d) (2 - d)^2 up to 2, then 0. The
+    # first is 0 at 1, the second at 1 and 2. So it is their sum, each with d held in its range.
     near, far = d.clamp(max=1), d.clamp(1, 2)
     weight = (3 * near - 5) * near * near + 2 + (1 - far) * (2 - far) ** 2
     return weight / weight.sum(1, keepdim=True)
@@ -654,15 +647,15 @@ class Augment:
         self.img_size, self.num_classes, self.mean, self.std = img_size, num_classes, mean, std
         self.crop, self.crop_scale, self.flip = crop, crop_scale, flip
         self.ratio = (3 / 4, 4 / 3) if aspect else (1, 1)
-        self.randaug, self.jitter, self.erase = randaug, 0 if randaug else jitter, erase
+        self.randaug, self.jitter, self.erase = randaug, jitter, erase
         self.mixup, self.cutmix, self.smoothing = mixup, cutmix, smoothing
 
     def __call__(self, images, labels):
         x = self.resized_crop(images)
-        if self.jitter:
-            x = color_jitter(x, self.jitter)  # section A
         if self.randaug:
             x = rand_augment(x)  # section A
+        elif self.jitter:
+            x = color_jitter(x, self.jitter)  # section A
         x = self.normalise(x)
         if self.erase:
             x = self.random_erase(x)
@@ -772,21 +765,18 @@ def batch_indices(n, batch_size, step, seed):
 def make_optimizer(model, args):
     """AdamW, SGD with Nesterov momentum, or Muon for the weight matrices of the blocks and AdamW
     for the rest. Only weight matrices decay: no biases, norms, cls token, position embeddings."""
-    in_blocks, matrices, rest = [], [], []
+    groups = [dict(params=[], weight_decay=args.weight_decay),
+              dict(params=[], weight_decay=args.weight_decay),
+              dict(params=[], weight_decay=0.0)]
+    in_blocks, matrices, rest = groups
     for name, p in model.named_parameters():
-        if p.ndim == 1 or name in ("cls_token", "pos_embed"):
-            rest.append(p)
-        elif name.startswith("blocks."):
-            in_blocks.append(p)
-        else:
-            matrices.append(p)
-    groups = [dict(params=in_blocks, weight_decay=args.weight_decay),
-              dict(params=matrices, weight_decay=args.weight_decay),
-              dict(params=rest, weight_decay=0.0)]
+        vector = p.ndim == 1 or name in ("cls_token", "pos_embed")
+        group = rest if vector else in_blocks if name.startswith("blocks.") else matrices
+        group["params"].append(p)
     if args.optimizer == "sgd":
         return torch.optim.SGD(groups, args.lr, momentum=0.9, nesterov=True, fused=True)
     if args.optimizer == "muon":  # section E; for the group that has a "muon_dtype"
-        groups[0]["muon_dtype"] = torch.bfloat16 if args.precision == "bf16" else torch.float32
+        in_blocks["muon_dtype"] = torch.bfloat16 if args.precision == "bf16" else torch.float32
         return Muon(groups, args.lr, betas=(0.9, 0.999), fused=True)
     return torch.optim.AdamW(groups, args.lr, betas=(0.9, 0.999), fused=True)
 
@@ -889,30 +879,30 @@ def evaluate(model, data, augment, args):
 #     jitter        none (RandAugment does it)            on -> none
 #     pixels        (x - 0.5) / 0.5 -> ImageNet's mean and standard deviation, for both
 
-def make_model(args, classes):
+def make_model(args, num_classes):
     """The network with its initial weights."""
     dim, depth, heads = MODELS[args.model]
     torch.manual_seed(seed_for(args.seed, "weights"))
     with blaming("--img-size, --patch-size"):  # an error of one line: section D
-        return ViT(args.img_size, args.patch_size, classes, dim, depth, heads, args.drop_path)
+        return ViT(args.img_size, args.patch_size, num_classes, dim, depth, heads, args.drop_path)
 
 
-def make_augment(args, classes, **more):
+def make_augment(args, num_classes, **more):
     """The augmentation that the switches of the paper's Table 9 ask for; more: what a command adds.
     A switch is 0 or 1, so jitter is 0 or 0.4."""
     return Augment(
-        args.img_size, classes, args.crop, args.aspect, (args.min_crop, 1), randaug=args.randaug,
-        jitter=0.4 * args.jitter, mixup=0.8 * args.mixup, cutmix=1.0 * args.cutmix,
-        smoothing=args.smoothing, **more)
+        args.img_size, num_classes, args.crop, args.aspect, (args.min_crop, 1),
+        randaug=args.randaug, jitter=0.4 * args.jitter, mixup=0.8 * args.mixup,
+        cutmix=1.0 * args.cutmix, smoothing=args.smoothing, **more)
 
 
 def pretrain(args):
     """Pre-train on the images of --source, by default L perturbed copies of one fractal."""
     run = Run(args)  # its folder, log and checkpoint: section D
     data = source_data(args)  # section 3, or B
-    classes = int(data.labels.max()) + 1
-    augment = make_augment(args, classes, flip=(0.5 * args.flip,) * 2, erase=0.5 * args.erase)
-    train(args, run, make_model(args, classes).to(args.device), data, augment, args.steps)
+    num_classes = int(data.labels.max()) + 1
+    augment = make_augment(args, num_classes, flip=(0.5 * args.flip,) * 2, erase=0.5 * args.erase)
+    train(args, run, make_model(args, num_classes).to(args.device), data, augment, args.steps)
 
 
 def finetune(args):
@@ -923,13 +913,13 @@ def finetune(args):
         with blaming(f"--ckpt {args.ckpt}"):  # an error of one line: section D
             load_file(args.ckpt)  # a wrong path is told before the data are downloaded
     data, tests = downstream_data(args)  # section C
-    classes = len(data.classes)
-    model = make_model(args, classes)
+    num_classes = len(data.classes)
+    model = make_model(args, num_classes)
     if args.ckpt and run.step == 0:
         load_weights(model, args.ckpt)  # all but the head: section D
     if args.probe:
-        model = Probe(model, args.probe, classes)  # section E
-    augment = make_augment(args, classes, flip=(0.5 * args.flip, 0), erase=0.25 * args.erase,
+        model = Probe(model, args.probe, num_classes)  # section E
+    augment = make_augment(args, num_classes, flip=(0.5 * args.flip, 0), erase=0.25 * args.erase,
                            **IMAGENET)
     steps = math.ceil(args.epochs * len(data) / args.batch_size)
     train(args, run, model.to(args.device), data, augment, steps, tests)
@@ -976,7 +966,7 @@ def enhance(x, level, kind, size=0.9):
 
 
 def move(x, by, fill=128):
-    """Turn, shear, shift each image by its row of by (B, 5), as in MOVES. Bilinear, as Pillow's."""
+    """Turn, shear, shift images, bilinear as Pillow. by (B, 5): of each, the numbers of MOVES."""
     angle, shear_x, shear_y, shift_x, shift_y = by.unbind(1)
     cos, sin = angle.cos(), angle.sin()
     matrix = torch.stack([  # Pillow shears about the corner
@@ -1065,7 +1055,7 @@ def fractaldb_data(args):
     """Table 2. FractalDB: --categories random fractals of 2 to 7 maps, --instances images of each.
     OFDB: one image of each. Kataoka et al., Pre-training without Natural Images (ACCV 2020).
 
-    A category is kept if its points light a fifth of a 512 canvas. An instance is one of 25
+    A category is kept if its dots light a fifth of a 512 canvas. An instance is one of 25
     weightings of a parameter in all maps, 4 flips and, with random masks, a texture of its own.
     (So with other textures only 100 instances differ.)
     """
@@ -1109,9 +1099,9 @@ def cloud_data(args):
             spread = vector * value.clamp(min=0).sqrt()[:, None] @ vector.mT
         else:  # u -> low + (high - low) u
             spread = (rest - first)[..., 0].diag_embed()
-        points = (first + spread @ unit.to(params.device)).transpose(0, 1)
-        edge = points.new_full((2, len(params)), 3 if gaussian else 1.5)
-        hits = rasterize(points, args.canvas, -edge, edge)
+        dots = (first + spread @ unit.to(params.device)).transpose(0, 1)
+        edge = dots.new_full((2, len(params)), 3 if gaussian else 1.5)
+        hits = rasterize(dots, args.canvas, -edge, edge)
         return hits if args.texture == "point" else dilate(hits)
 
     return liep_data(base, draw, args, args.texture)
@@ -1134,10 +1124,10 @@ def rcdb(seed, category, instance):
     P, V = shared.randint(1, 201), 0
     while not 3 <= V <= 200:
         V = int(shared.exponential(100))
-    noise, step = shared.uniform(0, 4), shared.uniform(0, 0.1)
+    amplitude, step = shared.uniform(0, 4), shared.uniform(0, 0.1)
     radius = own.randint(0, 101) * own.uniform(1, 2, 2)  # of x and y
     centre = own.uniform(56, 456, 2)
-    growth = noise + step - 2 * noise * perlin_noise((P, V, 2), own)
+    growth = amplitude + step - 2 * amplitude * perlin_noise((P, V, 2), own)
     return polygons(V, radius, growth), centre, own.randint(0, 256, P)
 
 
@@ -1147,11 +1137,11 @@ def visual_atom(seed, category, instance):
     shared = np.random.RandomState(seed_for(seed, "va", category))
     own = np.random.RandomState(seed_for(seed, "va", category, instance))
     P, V = shared.randint(1, 201), shared.randint(200, 1001)
-    noise, step = shared.uniform(0, 4), shared.uniform(0, 0.1)
+    amplitude, step = shared.uniform(0, 4), shared.uniform(0, 0.1)
     radius = shared.randint(10, 61) * shared.uniform(1, 2, 2)
     waves = shared.choice(21, (2, 1), replace=False)
     centre = own.uniform(0, 512, 2)
-    growth = noise + step - noise * perlin_noise((P, V, 2), own)
+    growth = amplitude + step - amplitude * perlin_noise((P, V, 2), own)
     growth += 0.5 * np.sin(waves * np.arange(V) * (2 * math.pi / V)).sum(0)[:, None]
     return polygons(V, radius, growth), centre, own.randint(0, 256, P)
 
@@ -1180,13 +1170,13 @@ def contour_data(args):
     """
     numbers, background = {"rcdb": (rcdb, 255), "va": (visual_atom, 0)}[args.source]
 
-    def draw(pictures):
+    def paint(pictures):
         images = [draw_contour(*picture, args.canvas, background) for picture in pictures]
         return torch.stack(images).to(args.device)
 
     def draw_many(categories, instances):
         pairs = zip(categories.tolist(), instances.tolist())
-        return draw(numbers(args.fractal_seed, *pair) for pair in pairs)
+        return paint(numbers(args.fractal_seed, *pair) for pair in pairs)
 
     if args.categories > 1:
         return many_data(draw_many, args, fractal_seed=args.fractal_seed)
@@ -1198,7 +1188,7 @@ def contour_data(args):
 
     def draw_scaled(params):  # (B, P)
         scales = params.cpu()[..., None, None].numpy()
-        return draw((offsets * scale, centre, greys) for scale in scales)
+        return paint((offsets * scale, centre, greys) for scale in scales)
 
     return liep_data(torch.ones(len(greys)), draw_scaled, args, background=background,
                      category=category)
@@ -1349,6 +1339,7 @@ def open_datasets(args):
     """--data -> two torchvision datasets, to train and to test on, downloaded if they must be."""
     if args.data == "folder":
         test = "test" if Path(args.root, "test").is_dir() else "val"
+        test = "train" if args.holdout else test  # of which a share is held out
         sets = open_folder(f"{args.root}/train"), open_folder(f"{args.root}/{test}")
         if sets[0].classes != sets[1].classes:
             raise InputError(f"--root {args.root}: the classes of train/ and {test}/ differ")
@@ -1522,8 +1513,8 @@ def machine(args):
 
 
 # Settings that may change when a run goes on: where it is and runs, how often it reports, saves and
-# tests. (`begin` compares the images themselves. A run that has ended does not get there, so it is
-# asked for the same root and image.)
+# tests. (`begin` compares the images themselves, so they may move. A run that has ended never
+# reaches `begin`, so its command must name the same root and image.)
 FREE = {*"out root image device compile rank lead log_every save_every eval_epochs".split()}
 
 
@@ -1564,7 +1555,7 @@ class Run:
                   if name not in free and self.settings.get(name, value) != value]
         if differ:
             raise InputError(f"--out {self.args.out}: holds a run with {'; '.join(differ)}; "
-                             "give another --out")
+                             "give the run's own, or another --out")
         self.settings.update(known)
 
     def begin(self, model, optimizer, steps, data, tests):
@@ -1590,8 +1581,8 @@ class Run:
                  f"{self.args.batch_size}")
 
     def due(self, every):
-        """Is it time for what happens every so many steps, which may be a fraction, and at the
-        end?"""
+        """Whether it is time for what is done every so many steps (maybe a fraction), and at the
+        last one."""
         return self.step % every < 1 or self.step == self.steps
 
     def count(self, loss, logits, target):
@@ -1663,7 +1654,9 @@ class Run:
         axis = figure.subplots()
         for name in ("top1", "test_top1"):
             records = [record for record in self.log if name in record]
-            axis.plot([r["images"] for r in records], [r[name] for r in records], label=name)
+            if records:  # pre-training has no tests
+                x, y = [r["images"] for r in records], [r[name] for r in records]
+                axis.plot(x, y, ".-", label=name)
         axis.set(xlabel="images seen", ylabel="accuracy in percent")
         axis.legend()
         figure.savefig(self.out / "curve.png", dpi=120)
@@ -1673,8 +1666,8 @@ class Run:
 def noted_signals(args):
     """Ctrl-C, `kill` and the end of a terminal are noted in a list, as (number, time), for the end
     of a step. One wish to stop may come twice at once (from `uv run`, SLURM, systemd), so only a
-    Ctrl-C a second after the first signal acts at once. (With several ranks they end the processes;
-    the last checkpoint counts.)"""
+    Ctrl-C a second after the first signal acts at once. (With several ranks a signal ends the
+    processes; the last checkpoint counts.)"""
     signals, before = [], {}
 
     def note(number, frame):
@@ -1724,7 +1717,8 @@ def accelerate(model, args):
     if not args.compile or args.device == "cpu":
         return network
     torch.compiler.reset()  # what earlier runs of a program left
-    return torch.compile(network)
+    with blaming("--compile, which --no-compile leaves out"):
+        return torch.compile(network)
 
 
 # ==== E · Muon, linear probe, render ==============================================================
@@ -1744,10 +1738,10 @@ class Muon(torch.optim.AdamW):
         for group in self.param_groups:
             matrices = [p for p in group["params"] if "muon_dtype" in group and p.grad is not None]
             for shape in dict.fromkeys(p.shape for p in matrices):
-                self.move([p for p in matrices if p.shape == shape], **group)
+                self.update([p for p in matrices if p.shape == shape], **group)
         super().step()  # passes over parameters without a gradient
 
-    def move(self, matrices, lr, weight_decay, muon_dtype, momentum=0.95, **_):
+    def update(self, matrices, lr, weight_decay, muon_dtype, momentum=0.95, **_):
         """One step of n matrices of one shape, all at once."""
         state, grads = self.state[matrices[0]], torch.stack([p.grad for p in matrices])
         if not state:  # one for all n, with the "step" that loading an AdamW needs
@@ -1777,7 +1771,7 @@ class Probe(nn.Module):
     """A linear classifier on the first k blocks of a ViT, frozen: images -> logits. It sees the
     mean of the patch tokens, each feature normalised by its batch (as in MAE's probe)."""
 
-    def __init__(self, model, k, classes):
+    def __init__(self, model, k, num_classes):
         super().__init__()
         if k > len(model.blocks):
             raise InputError(f"--probe {k}: the network has {len(model.blocks)} blocks")
@@ -1785,7 +1779,7 @@ class Probe(nn.Module):
         for block in model.blocks:
             block.drop_path = 0
         self.normalise = nn.BatchNorm1d(dim, affine=False, eps=1e-6)
-        self.head = nn.Linear(dim, classes)
+        self.head = nn.Linear(dim, num_classes)
         nn.init.zeros_(self.head.weight)
 
     def forward(self, x):
@@ -1797,18 +1791,18 @@ class Probe(nn.Module):
 def render(args):
     """Write the images of --source to OUT/<class>/<number>.png, as ImageFolder reads them, and the
     numbers that they are drawn from to OUT.json."""
-    out = Path(args.out)
-    if out.exists():
-        raise InputError(f"--out {out}: is there already; give a new folder")
+    out, numbers = Path(args.out), Path(f"{Path(args.out)}.json")
+    if out.exists() or numbers.exists():
+        raise InputError(f"--out {out}: it or {numbers} is there already; give a new folder")
     data = source_data(args)
     out.mkdir(parents=True)
     for i in torch.arange(len(data)).split(64):
-        for number, image, label in zip(i.tolist(), *(t.cpu() for t in data[i])):
+        for k, image, label in zip(i.tolist(), *(t.cpu() for t in data[i])):
             folder = out / f"{label:05d}"  # alphabetical is numerical
             folder.mkdir(exist_ok=True)
-            T.to_pil_image(image).save(folder / f"{number}.png")
-    Path(f"{out}.json").write_text(to_json(data.omega))
-    say(f"{len(data)} images in {out}, what they were drawn from in {out}.json")
+            T.to_pil_image(image).save(folder / f"{k}.png")
+    numbers.write_text(to_json(data.omega))
+    say(f"{len(data)} images in {out}, what they were drawn from in {numbers}")
 
 
 # ==== F · Settings: recipes, flags, main (to look up a flag or its default) =======================
@@ -1885,7 +1879,8 @@ def picture_flags(command):
     add("--warp", default="affine", choices=WARPS, help="what eps does to it")
 
     add = command.add_argument_group("the picture").add_argument
-    add("--fractal-seed", default=32, type=whole(0, 2 ** 62), help="which fractal or other image")
+    add("--fractal-seed", default=32, type=whole(0, 2 ** 32 - 1),
+        help="which fractal or other image")
     add("--num-maps", default=2, type=whole(2, 1000), help="N of Eq. 1")
     add("--canvas", default=512, type=whole(16, 4096), help="pixels a side, as drawn")
     add("--points", default=100_000, type=whole(1, 10 ** 8), help="dots of an image")
@@ -2029,8 +2024,9 @@ def main(words=None):
             {"pretrain": pretrain, "finetune": finetune, "render": render}[args.command](args)
         if args.world_size > 1:
             torch.distributed.destroy_process_group()
-    except (InputError, OSError) as error:
-        where = "--out or --root: " if isinstance(error, OSError) else ""  # a full disk
+    except (InputError, OSError, torch.OutOfMemoryError) as error:
+        where = {InputError: "", torch.OutOfMemoryError: "--batch-size: "}.get(
+            type(error), "--out or --root: ")  # a full disk
         print(f"onepfrac: {where}{' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:  # before the first step, or a second Ctrl-C
@@ -2055,7 +2051,7 @@ def main(words=None):
 #     Augment, Run.count      what is random is chosen on the CPU and sent there (non_blocking), and
 #                             nothing is read back, so the loop never waits for a GPU
 #     apply_op                half the operations of a loop over all kinds (297 and not 609 a step)
-#     Muon.move               many small operations take longer than one on all matrices
+#     Muon.update             many small operations take longer than one on all matrices
 #     orthogonalise           baddbmm: 0.9 of the time on a CPU
 #     keep_memory             page faults take a fifth of the time on a CPU
 

@@ -657,8 +657,14 @@ def test_everything_off_resizes_and_normalises():
 def test_augmentation_has_the_defaults_of_the_authors():
     assert vars(op.Augment(32, 10)) == dict(
         img_size=32, num_classes=10, crop=True, crop_scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3), flip=(0.5, 0.5),
-        randaug=True, jitter=0, erase=0.5, mixup=0.8, cutmix=1.0, smoothing=0.1, mean=(0.5,) * 3, std=(0.5,) * 3)
-    assert op.Augment(32, 10, randaug=False).jitter == 0.4
+        randaug=True, jitter=0.4, erase=0.5, mixup=0.8, cutmix=1.0, smoothing=0.1, mean=(0.5,) * 3, std=(0.5,) * 3)
+    images, seen = photograph(32).expand(8, -1, -1, -1), {}
+    for flags in itertools.product((True, False), (0.4, 0)):    # randaug, jitter
+        augment = op.Augment(32, 10, **dict(OFF, randaug=flags[0], jitter=flags[1]))
+        torch.manual_seed(0)
+        seen[flags] = augmented(augment, images)[0]
+    assert torch.equal(seen[True, 0.4], seen[True, 0])          # jitter only without randaug, as in timm
+    assert not torch.equal(seen[False, 0.4], seen[False, 0]) and not torch.equal(seen[True, 0], seen[False, 0])
     assert op.IMAGENET == dict(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
 
 
@@ -898,6 +904,18 @@ def test_pretraining_learns_and_its_folder_explains_itself(tmp_path, capsys):
     assert Image.open(out / "curve.png").size[0] > 100 and saved(out)["model"]["head.weight"].shape[0] == 8
 
 
+def test_a_curve_shows_a_single_test_and_names_no_tests_if_there_are_none(tmp_path):
+    run = op.Run.__new__(op.Run)
+    run.args, run.out = argparse.Namespace(lead=True), tmp_path
+    orange = []                                                 # pixels of the second line
+    for tests in ([40.0], [math.nan], []):                      # nan: it is in the legend alone
+        run.log = [dict(images=100, top1=50.0), *(dict(images=100, test_top1=test) for test in tests)]
+        run.save_curve()
+        pixels = np.asarray(Image.open(tmp_path / "curve.png").convert("RGB")).astype(int)
+        orange.append((abs(pixels - [255, 127, 14]).sum(2) < 30).sum())
+    assert orange[0] > orange[1] + 10 and orange[1] > orange[2] == 0
+
+
 def test_a_line_of_the_log_has_the_means_since_the_last_one_and_comes_before_each_save_and_test(
         fine, tmp_path, monkeypatch):
     train_step, save, taken, saves = op.train_step, op.Run.save, [], []
@@ -950,14 +968,14 @@ def test_fine_tuning_starts_from_the_weights_and_augments_photographs(handed, tr
         assert torch.equal(weight, scratch[name] if "head" in name else donor[name])
         assert "fc1.weight" not in name or not torch.equal(weight, scratch[name])
     both = dict(img_size=16, num_classes=2, crop=True, crop_scale=(0.08, 1), ratio=(3 / 4, 4 / 3), randaug=True,
-                jitter=0, mixup=0.8, cutmix=1.0, smoothing=0.1)
+                jitter=0.4, mixup=0.8, cutmix=1.0, smoothing=0.1)
     assert vars(before) == both | dict(flip=(0.5, 0.5), erase=0.5, mean=(0.5,) * 3, std=(0.5,) * 3)
     assert vars(after) == both | dict(flip=(0.5, 0), erase=0.25, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
-    for flag, change in {
-            "--no-randaug": dict(randaug=False, jitter=0.4), "--no-crop": dict(crop=False), "--no-aspect": dict(ratio=(
+    for flag, change in {                                       # each one thing, as in timm
+            "--no-randaug": dict(randaug=False), "--no-crop": dict(crop=False), "--no-aspect": dict(ratio=(
                 1, 1)), "--no-erase": dict(erase=0), "--no-mixup": dict(mixup=0), "--no-cutmix": dict(cutmix=0),
             "--no-flip": dict(flip=(0, 0)), "--min-crop=0.3": dict(crop_scale=(0.3, 1)), "--smoothing=0": dict(
-                smoothing=0), "--no-randaug --no-jitter": dict(randaug=False)}.items():     # each one thing, as in timm
+                smoothing=0), "--no-randaug --no-jitter": dict(randaug=False, jitter=0)}.items():
         assert vars(handed("pretrain", "--recipe", "paper", *flag.split())[2]) == vars(before) | change
 
 
@@ -1304,6 +1322,7 @@ def test_a_subset_is_the_first_of_each_class_and_depends_on_pixels_alone(tmp_pat
         return [{(int(label), image.numpy().tobytes()) for image, label in zip(part.images, part.labels)}
                 for part in parts]
     train, held = chosen(image_folder)
+    shutil.rmtree(tmp_path / "copy" / "test")                   # with --holdout nothing is read there
     assert chosen(tmp_path / "copy") == [train, held] and len(train) == 28 and not train & held
 
 
@@ -1327,7 +1346,7 @@ def test_named_datasets_are_opened_by_arguments_that_torchvision_knows(tmp_path,
 
 
 def test_kept_and_streamed_folders_give_the_pixels_of_the_files(image_folder, monkeypatch):
-    dataset, tests = op.open_datasets(argparse.Namespace(data="folder", root=image_folder))
+    dataset, tests = op.open_datasets(argparse.Namespace(data="folder", root=image_folder, holdout=0))
     assert len(tests) == 20 and op.labels_of(tests).tolist() == [0] * 10 + [1] * 10
     args = resolved("finetune", *TINY, "--device", DEVICE)
     kept = op.photographs(dataset, None, args)
@@ -1734,6 +1753,19 @@ def test_only_a_gpu_compiles_and_only_if_it_may(monkeypatch, fine, tmp_path, ref
     with at_step(1, fails):
         assert "--compile: no compiler; give --no-compile" in refused(*fine, "--out", tmp_path / "run")
 
+    def unsupported(network):
+        raise RuntimeError("torch.compile is not supported on Python 3.99")
+    monkeypatch.setattr(torch, "compile", unsupported)
+    with pytest.raises(op.InputError, match="--no-compile.* 3.99"):
+        op.accelerate("plain", argparse.Namespace(world_size=1, device="cuda", compile=True))
+
+
+def test_a_full_gpu_gets_one_line(fine, tmp_path, refused):
+    def full():
+        raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 9 GiB")
+    with at_step(1, full):
+        assert "--batch-size: CUDA out of memory. Tried" in refused(*fine, "--out", tmp_path / "run")
+
 
 def test_a_run_in_a_thread_leaves_signals_alone(fine, tmp_path, signals):
     status = []
@@ -1960,6 +1992,11 @@ def test_render_writes_a_folder_that_trains(tmp_path, refused):
                           base[:, :, :2].det().abs())
     assert all((np.array(dataset[i][0])[..., 0] == drawn[i].numpy()).all() for i in range(12))
     assert "--out" in refused(*words)                           # it holds images
+    shutil.move(tmp_path / "x", tmp_path / "moved")
+    numbers = (tmp_path / "x.json").read_text()
+    assert "x.json" in refused(*words[:-1], f"{tmp_path / 'x'}/", "--delta", 0.2)       # of the moved ones
+    assert (tmp_path / "x.json").read_text() == numbers and not (tmp_path / "x").exists()
+    shutil.move(tmp_path / "moved", tmp_path / "x")
     assert "--sigma" in refused(*words[:-1], tmp_path / "y", "--sigma", 9) and not (tmp_path / "y").exists()
     assert main("pretrain", "--source", "folder", "--root", tmp_path / "x", "--batch-size", 8, *QUICK, "--steps", 2,
                 "--out", tmp_path / "run") == 0
@@ -1987,7 +2024,7 @@ BAD = {     # the flag that the one line must name: command lines
         "nowhere", "empty")) + f"; {PRE} --source folder --root {{tmp}}/nowhere",
     "/2.png": f"finetune --data folder --root {{tmp}}/unreadable; {PRE} --source folder --root {{tmp}}/unreadable/test",
     "--image": f"{PRE} --source image --image=; {PRE} --source image --image {{tmp}}/broken.pt",
-    "--fractal-seed": f"{PRE} --fractal-seed {2 ** 64}",
+    "--fractal-seed": f"{PRE} --fractal-seed {2 ** 32}",
     "--texture": f"{PRE} --texture dots", "--source": f"{PRE} --source clouds; render --source folder",
     "--out": "render --out {tmp}/unreadable; render --out {tmp}/broken.pt; render --out",
     "broken.pt/x": f"{PRE} --out {{tmp}}/broken.pt/x",

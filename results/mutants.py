@@ -83,7 +83,7 @@ MUTANTS = [  # name, text of onepfrac.py (once in it), text with the fault
     ("fractaldb_flips", "(1, instance // 25 % 2 == 1)", "(1, instance // 25 % 2 == 0)"),
     ("perlin_slopes", "rng.randint(1, 9, (2, *shape))", "rng.randint(1, 8, (2, *shape))"),
     ("perlin_share", "(2, *shape)) < 0.5, -1", "(2, *shape)) < 0.45, -1"),
-    ("rcdb_noise", "growth = noise + step - 2 * noise", "growth = noise + step - noise"),
+    ("rcdb_noise", "growth = amplitude + step - 2 * amplitude", "growth = amplitude + step - amplitude"),
     ("rcdb_growth", f"uniform(0, 4), shared.uniform(0, 0.1)\n    radius = {CIRCLE}",
      f"uniform(0, 4), shared.uniform(0, 0.2)\n    radius = {CIRCLE}"),
     ("rcdb_radius", CIRCLE, CIRCLE.replace("101", "91")),

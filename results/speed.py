@@ -69,11 +69,11 @@ def in_a_loop(x, number, level):
 
 
 class OneByOne(op.Muon):
-    """Muon that moves each matrix by itself."""
+    """Muon that updates each matrix by itself."""
 
-    def move(self, matrices, **group):
+    def update(self, matrices, **group):
         for p in matrices:
-            super().move([p], **group)
+            super().update([p], **group)
 
 
 class Fused(op.Attention):
